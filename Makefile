@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test check lint types contracts bench clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install:         ## make .venv with the pinned set
+	@rm -f .venv/installed; $(MAKE) --no-print-directory .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[worker,embedded,dev]' -c constraints.txt
+	touch .venv/installed
+
+demo: .venv/installed   ## the whole way: upload, label, select, train, download, classify
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed   ## every test, on a real PostgreSQL and a real Redis
+	$(BIN)/python -m pytest
+
+lint: .venv/installed   ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed   ## mypy
+	$(BIN)/mypy
+
+contracts: .venv/installed   ## import-linter
+	$(BIN)/lint-imports
+
+check: lint types contracts test   ## what CI runs
+
+bench: .venv/installed   ## every benchmark: ratios of two things run in turn
+	$(BIN)/python -m benchmarks.run
+
+clean:           ## remove the environment and the caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

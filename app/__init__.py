@@ -1,0 +1,1 @@
+"""Understudy: the server and the vocabulary it shares with the workers."""

@@ -1,0 +1,142 @@
+"""What a route may ask for by name: the session, the storage, the caller, a page, an idempotent answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from fastapi import Depends, Header, Query, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
+from sqlalchemy import Select, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app import keys
+from app.api.schemas import ProblemRead
+from app.config import Settings, settings
+from app.db import get_session
+from app.errors import KeyReused, NotFound, Problem, RequestInFlight, Unauthorized
+from app.models import Base, IdempotencyKey, now
+from app.storage import Storage, storage
+
+Row = TypeVar("Row", bound=Base)
+
+SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+StorageDep = Annotated[Storage, Depends(storage)]
+SettingsDep = Annotated[Settings, Depends(settings)]
+
+bearer = HTTPBearer(auto_error=False, description="An API key, made by `understudy keys create`.")
+
+
+def current_tenant(
+    session: SessionDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> str:
+    """The tenant whose key this is. Raises Unauthorized."""
+    if credentials is None:
+        raise Unauthorized
+    key = keys.authenticate(session, credentials.credentials)
+    if key is None:
+        raise Unauthorized("This API key is not known, or has expired or been revoked.")
+    return key.tenant
+
+
+TenantDep = Annotated[str, Depends(current_tenant)]
+
+
+def owned(session: Session, model: type[Row], row_id: str, tenant: str) -> Row:
+    """The tenant's row of that id. Raises NotFound, also when it is another tenant's."""
+    row = session.get(model, row_id) if "\x00" not in row_id else None
+    if row is None or row.tenant != tenant:  # type: ignore[attr-defined]
+        raise NotFound
+    return row
+
+
+@dataclass(frozen=True)
+class Page:
+    """Which part of a list: `limit` rows after the row with id `after`."""
+
+    limit: int
+    after: str | None
+
+
+def page(
+    limit: Annotated[int, Query(ge=1, le=100, description="How many to return.")] = 20,
+    after: Annotated[
+        str | None, Query(max_length=100, pattern=r"^[\w\-]+$", description="`next` of the page before this one.")
+    ] = None,
+) -> Page:
+    return Page(limit, after)
+
+
+PageDep = Annotated[Page, Depends(page)]
+
+
+def newest_first(session: Session, query: Select[tuple[Row]], model: type[Row], page: Page) -> dict[str, Any]:
+    """One page of `query`, newest first, by key and never by offset."""
+    if page.after is not None:
+        query = query.where(model.id < page.after)  # type: ignore[attr-defined]
+    rows: Sequence[Row] = session.scalars(query.order_by(model.id.desc()).limit(page.limit + 1)).all()  # type: ignore[attr-defined]
+    kept = list(rows[: page.limit])
+    has_more = len(rows) > page.limit
+    return {"data": kept, "has_more": has_more, "next": kept[-1].id if has_more else None}  # type: ignore[attr-defined]
+
+
+# --- idempotency ----------------------------------------------------------------------------------------------------
+
+IdempotencyDep = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=255, pattern=r"^[\x21-\x7e]+$",
+           description="Sending the same request again with the same key returns the first answer."),
+]  # fmt: skip
+
+
+def request_hash(*parts: Any) -> str:
+    """A hash of everything that makes two requests the same request."""
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def idempotent(
+    session: Session, request: Request, tenant: str, key: str | None, fingerprint: str, answer: Callable[[], BaseModel],
+    *, status: int, headers: Callable[[Any], dict[str, str]] = lambda body: {},
+) -> Response:  # fmt: skip
+    """Answer once per key: the stored answer where there is one, else `answer()`, stored in the same transaction.
+
+    Raises KeyReused when the key was used for another request and RequestInFlight when two arrive together.
+    """
+
+    def respond(body: dict[str, Any], extra: dict[str, str]) -> Response:
+        return Response(orjson.dumps(body), status, extra, media_type="application/json")
+
+    if key is None:
+        body = answer().model_dump(mode="json", by_alias=True)
+        return respond(body, headers(body))
+    path = request.url.path
+    row = IdempotencyKey(tenant=tenant, path=path, key=key, request_hash=fingerprint)
+    values = {"tenant": tenant, "path": path, "key": key, "request_hash": fingerprint, "created_at": now()}
+    made = session.scalar(insert(IdempotencyKey).values(values).on_conflict_do_nothing().returning(IdempotencyKey.id))
+    row = session.scalars(
+        select(IdempotencyKey).where(
+            IdempotencyKey.tenant == tenant, IdempotencyKey.path == path, IdempotencyKey.key == key
+        )
+    ).one_or_none()
+    if row is None:
+        raise RequestInFlight
+    if made is None:
+        if row.request_hash != fingerprint:
+            raise KeyReused
+        if row.status is None or row.body is None:
+            raise RequestInFlight
+        return respond(row.body, {**(row.headers or {}), "Idempotent-Replayed": "true"})
+    body = answer().model_dump(mode="json", by_alias=True)
+    extra = headers(body)
+    row.status, row.body, row.headers = status, body, extra
+    return respond(body, extra)
+
+
+def problems(*kinds: type[Problem]) -> dict[int | str, dict[str, Any]]:
+    """The `responses=` of a route that may raise these problems, for the OpenAPI document."""
+    return {kind.status: {"model": ProblemRead, "description": (kind.__doc__ or "").strip()} for kind in kinds}

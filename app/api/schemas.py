@@ -1,0 +1,241 @@
+"""The shapes of the API's answers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app import lifecycle
+from app.models import Job
+
+Item = TypeVar("Item")
+
+
+class Read(BaseModel):
+    """Base of every answer: read from an ORM row."""
+
+    model_config = ConfigDict(from_attributes=True, populate_by_name=True, use_attribute_docstrings=True)
+
+
+class FaultRead(Read):
+    line: int | None = None
+    pointer: str | None = None
+    code: str
+    message: str
+
+
+class ProblemRead(Read):
+    """RFC 9457, with what went wrong where."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str | None
+    errors: list[FaultRead] = []
+    total_errors: int = 0
+
+
+class PageRead(Read, Generic[Item]):
+    """One page of a list."""
+
+    data: list[Item]
+    has_more: bool
+    next: str | None
+    """Send it as `after` for the next page."""
+
+
+class PhaseRead(Read):
+    name: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    done: int
+    total: int
+
+
+class JobError(Read):
+    code: str
+    message: str
+    phase: str | None
+
+
+class EpochSelection(Read):
+    epoch: int
+    seen: int
+    selected: int
+    ratio: float
+
+
+class SelectionRead(Read):
+    seen: int
+    """Rows offered to the rule: rows x epochs."""
+    selected: int
+    """Rows trained on."""
+    ratio: float
+    """selected / seen."""
+    epochs: list[EpochSelection]
+
+
+class LabelingRead(Read):
+    """What the teacher did for this job."""
+
+    labels: list[str]
+    confidence_method: str | None
+    rows_from_cache: int
+    rows_failed: int
+    tokens: int
+    tokens_saved: int
+    seconds: float
+    teacher: dict[str, Any]
+
+
+class JobRead(Read):
+    """A job as its owner sees it."""
+
+    id: str
+    name: str | None
+    method: str
+    status: str
+    is_terminal: bool
+    phase: str | None
+    progress: float
+    phases: list[PhaseRead]
+    eta_seconds: float | None
+    spec: dict[str, Any]
+    attempt: int
+    warnings: list[dict[str, Any]]
+    error: JobError | None
+    labeling: LabelingRead
+    selection: SelectionRead | None
+    metrics: dict[str, Any]
+    """The latest value of each series, and the final scores."""
+    evaluation: dict[str, Any] | None
+    """Scores of teacher and student on the validation and the test set, with 95 % bootstrap intervals."""
+    best_checkpoint_id: str | None
+    metadata: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def of(cls, job: Job) -> JobRead:
+        """The job with what is computed from its rows."""
+        return cls.model_validate(
+            {
+                **{name: getattr(job, name) for name in cls.model_fields if hasattr(job, name)},
+                "metadata": job.metadata_,
+                "is_terminal": lifecycle.is_terminal(job),
+                "progress": lifecycle.progress(job),
+                "eta_seconds": lifecycle.eta_seconds(job),
+                "labeling": lifecycle.labeling_figures(job),
+            }
+        )
+
+
+class DryRunRead(Read):
+    """What a job would need; nothing is stored."""
+
+    rows: int
+    rows_to_label: int
+    """Train rows, and held-out rows where the teacher is scored on them, that the label cache lacks."""
+    rows_cached: int
+    teacher_tokens: int
+    """Tokens the teacher would read, estimated from the rows' lengths at four characters a token."""
+    estimated_seconds: float
+    estimate_basis: str
+    """`measured` when the rates are those of earlier jobs on this server, else `default_rates`."""
+    labels: list[str]
+    warnings: list[dict[str, Any]]
+
+
+class EventRead(Read):
+    seq: int
+    type: str
+    level: str
+    message: str
+    data: dict[str, Any]
+    at: datetime
+
+
+class EventPage(Read):
+    data: list[EventRead]
+    has_more: bool
+    next: int | None
+
+
+class PointRead(Read):
+    step: int
+    epoch: float
+    value: float | None
+    at: datetime
+
+
+class SeriesRead(Read):
+    name: str
+    points: list[PointRead]
+
+
+class SeriesPage(Read):
+    data: list[SeriesRead]
+    names: list[str]
+    """Every series the job has."""
+
+
+class SampleRead(Read):
+    """Why one row was used or not."""
+
+    row: int
+    line: int | None
+    text: str
+    text_pair: str | None
+    label: str | None
+    """The teacher's label."""
+    confidence: float | None
+    distribution: dict[str, float] | None
+    source: str
+    """Who gave the label: `teacher`, `cache` or `dataset`."""
+    offered: int
+    """How often the rule looked at the row."""
+    selected: int
+    """How often it was trained on."""
+    decision: str
+    reason: str
+    """Why it was last rejected, or `selected` when it never was; see docs/api.md."""
+    teacher_threshold: float | None
+    student_threshold: float | None
+    student_uncertainty: float | None
+    influence: float | None
+    error: str | None
+
+
+class SamplePage(Read):
+    data: list[SampleRead]
+    has_more: bool
+    next: str | None
+
+
+class FileRead(Read):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class CheckpointRead(Read):
+    id: str
+    job_id: str
+    step: int
+    epoch: float
+    metrics: dict[str, Any]
+    bytes: int
+    sha256: str
+    files: list[FileRead]
+    is_best: bool
+    created_at: datetime
+
+
+class Health(Read):
+    status: str
+    checks: dict[str, str] = Field(default_factory=dict)

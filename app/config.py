@@ -1,0 +1,71 @@
+"""Settings: what the operator decides. The only reader of the environment (prefix `UNDERSTUDY_`)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Where the parts are and how much a client may ask of them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="UNDERSTUDY_", env_file=".env", extra="ignore", use_attribute_docstrings=True
+    )
+
+    database_url: str = "postgresql+psycopg://understudy:understudy@localhost:5432/understudy"
+    """PostgreSQL, as an SQLAlchemy URL; `postgresql://` is read as psycopg 3."""
+    redis_url: str = "redis://localhost:6379/0"
+    """The Celery broker. It only carries ids and may be lost at any time."""
+    storage_url: str = "file://./data/storage"
+    """Where datasets, labels and checkpoints lie: `file:///…` or `s3://bucket/prefix`."""
+    spool_dir: Path | None = None
+    """Where uploads are spooled and checkpoints are packed; null: the system's temporary directory."""
+
+    model_roots: list[Path] = []
+    """Directories with models a client may name (JSON list)."""
+    allow_hub: bool = False
+    """Whether models may be downloaded from the Hugging Face hub."""
+
+    max_upload_bytes: int = 5 * 1024 * MIB
+    max_decompressed_bytes: int = 20 * 1024 * MIB
+    max_line_bytes: int = 1 * MIB
+    max_rows: int = 20_000_000
+    max_columns: int = 1000
+    max_text_characters: int = 200_000
+
+    shard_rows: int = Field(512, ge=1)
+    """Rows a worker claims at a time for labeling."""
+    lease_seconds: float = Field(30.0, gt=0)
+    """A claim that is not renewed for this long is given to another worker."""
+    sweep_seconds: float = Field(2.0, gt=0)
+    """How often the scheduler looks for expired leases and lost messages."""
+    requeue_seconds: float = Field(15.0, gt=0)
+    """Work that waits this long without a worker gets another message: the broker may have lost the first."""
+    max_attempts: int = Field(5, ge=1)
+    """A job, or a shard, that has lost this many workers fails."""
+    resume_every_seconds: float = Field(60.0, gt=0)
+    """How often a running training saves the state it would resume from."""
+    threads: int | None = None
+    """CPU threads of a worker's models; null leaves the choice to torch."""
+
+    cors_origins: list[str] = []
+
+    @property
+    def sqlalchemy_url(self) -> str:
+        """The database URL with psycopg 3 as its driver."""
+        for scheme in ("postgresql://", "postgres://"):
+            if self.database_url.startswith(scheme):
+                return "postgresql+psycopg://" + self.database_url.removeprefix(scheme)
+        return self.database_url
+
+
+@lru_cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()

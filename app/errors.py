@@ -1,0 +1,255 @@
+"""The situations a client can meet, and the one handler that writes them as problem+json (RFC 9457).
+
+    Problem                     status, code, detail, errors
+    ├── BadRequest 400
+    ├── Unauthorized 401
+    ├── Forbidden 403
+    ├── NotFound 404
+    ├── Conflict 409            DatasetInUse, IllegalMove, NotReady, RequestInFlight
+    ├── TooLarge 413
+    ├── UnsupportedMedia 415
+    ├── RangeNotSatisfiable 416
+    ├── Unprocessable 422       InvalidRows, InvalidSpec, KeyReused
+    └── Unavailable 503
+
+A class is a situation; its docstring is the default sentence the client reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+
+log = structlog.get_logger()
+MAX_ERRORS = 100
+
+
+class Fault(TypedDict, total=False):
+    """One bad row or field: `line` of the uploaded file, or `pointer` (RFC 6901) into the body."""
+
+    line: int | None
+    pointer: str | None
+    code: str
+    message: str
+
+
+class Problem(Exception):
+    """The request cannot be served."""
+
+    status = 400
+    code = "bad_request"
+
+    def __init__(
+        self,
+        detail: str | None = None,
+        *,
+        errors: Iterable[Fault] = (),
+        total_errors: int | None = None,
+        headers: dict[str, str] | None = None,
+        **extra: Any,
+    ) -> None:
+        self.detail = detail or (type(self).__doc__ or "").strip()
+        self.errors = list(errors)
+        self.total_errors = len(self.errors) if total_errors is None else total_errors
+        self.headers = headers or {}
+        self.extra = extra
+        super().__init__(self.detail)
+
+
+class BadRequest(Problem):
+    """The request cannot be understood."""
+
+
+class Unauthorized(Problem):
+    """Send an API key: `Authorization: Bearer us_…`."""
+
+    status, code = 401, "unauthorized"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class Forbidden(Problem):
+    """This key may not do that."""
+
+    status, code = 403, "forbidden"
+
+
+class NotFound(Problem):
+    """There is nothing here under that id."""
+
+    status, code = 404, "not_found"
+
+
+class Conflict(Problem):
+    """The request does not fit the present state."""
+
+    status, code = 409, "conflict"
+
+
+class DatasetInUse(Conflict):
+    """The dataset is used by a job that has not ended; cancel the job first."""
+
+    code = "dataset_in_use"
+
+
+class IllegalMove(Conflict):
+    """The job cannot do that from its present status."""
+
+    code = "illegal_move"
+
+
+class NotReady(Conflict):
+    """The job has not got that far yet."""
+
+    code = "not_ready"
+
+
+class RequestInFlight(Conflict):
+    """A request with this Idempotency-Key is still being answered; try again shortly."""
+
+    code = "request_in_flight"
+
+
+class TooLarge(Problem):
+    """The upload is larger than this server accepts."""
+
+    status, code = 413, "too_large"
+
+
+class UnsupportedMedia(Problem):
+    """Send JSONL, CSV, TSV or Parquet, plain or gzipped."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class RangeNotSatisfiable(Problem):
+    """The range lies outside the file."""
+
+    status, code = 416, "range_not_satisfiable"
+
+
+class Unprocessable(Problem):
+    """The request is well-formed but cannot be carried out."""
+
+    status, code = 422, "unprocessable"
+
+
+class InvalidRows(Unprocessable):
+    """Some rows of the file are not usable."""
+
+    code = "invalid_rows"
+
+
+class InvalidSpec(Unprocessable):
+    """The job cannot succeed as it is specified."""
+
+    code = "invalid_spec"
+
+
+class KeyReused(Unprocessable):
+    """This Idempotency-Key was used with another body; use a new key for a new request."""
+
+    code = "idempotency_key_reused"
+
+
+class Unavailable(Problem):
+    """A part of the service is not reachable just now; try again shortly."""
+
+    status, code = 503, "unavailable"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"Retry-After": "2"})
+
+
+TITLES = {
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+    409: "Conflict", 413: "Content Too Large", 415: "Unsupported Media Type", 416: "Range Not Satisfiable",
+    422: "Unprocessable Content", 429: "Too Many Requests", 500: "Internal Server Error", 503: "Service Unavailable",
+}  # fmt: skip
+
+
+def pointer(location: Iterable[str | int]) -> str:
+    """A JSON pointer (RFC 6901) for pydantic's error location, e.g. `/method/weighted`.
+
+    The first part (`body`, `query`) and the tags that discriminated unions insert are not part of the document.
+    """
+    parts = [str(part).replace("~", "~0").replace("/", "~1") for part in location]
+    if parts and parts[0] == "body":
+        parts = parts[1:]
+    if len(parts) >= 2 and parts[0] in ("teacher", "method"):
+        del parts[1]
+    return "".join(f"/{part}" for part in parts)
+
+
+def field_faults(errors: Iterable[Any]) -> list[Fault]:
+    """pydantic's errors as faults with pointers and sentences that say how to mend them."""
+    faults: list[Fault] = []
+    for error in errors:
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            message = "unknown field; remove it or correct its spelling"
+        elif error["type"] == "missing":
+            message = "required field is missing"
+        faults.append({"line": None, "pointer": pointer(error["loc"]), "code": error["type"], "message": message})
+    return faults
+
+
+def problem_response(request: Request, problem: Problem) -> JSONResponse:
+    """The problem as `application/problem+json`."""
+    body = {
+        "type": "about:blank",
+        "title": TITLES.get(problem.status, "Error"),
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.code,
+        "request_id": getattr(request.state, "request_id", None),
+        "errors": problem.errors[:MAX_ERRORS],
+        "total_errors": problem.total_errors,
+        **problem.extra,
+    }
+    return JSONResponse(body, problem.status, problem.headers, media_type="application/problem+json")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of the application leave as problem+json."""
+
+    @app.exception_handler(Problem)
+    def _problem(request: Request, error: Problem) -> JSONResponse:
+        return problem_response(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        faults = field_faults(error.errors())
+        first = faults[0]
+        where = (first["pointer"] or "").lstrip("/") or "body"
+        unreadable = any(fault["code"] == "json_invalid" for fault in faults)
+        problem = (BadRequest if unreadable else Unprocessable)(f"{where}: {first['message']}", errors=faults)
+        problem.code = "invalid_json" if unreadable else "validation_error"
+        return problem_response(request, problem)
+
+    @app.exception_handler(HTTPException)
+    def _http(request: Request, error: HTTPException) -> JSONResponse:
+        problem = Problem(str(error.detail), headers=dict(error.headers or {}))
+        problem.status = error.status_code
+        problem.code = TITLES.get(error.status_code, "error").lower().replace(" ", "_")
+        return problem_response(request, problem)
+
+    @app.exception_handler(OperationalError)
+    def _database_away(request: Request, error: OperationalError) -> JSONResponse:
+        log.error("database_unreachable", error=str(error.orig))
+        return problem_response(request, Unavailable("The database is not reachable just now; try again shortly."))
+
+    @app.exception_handler(Exception)
+    def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.exception("unexpected_error", path=request.url.path)
+        problem = Problem("Something went wrong on our side; quote the request_id when you report it.")
+        problem.status, problem.code = 500, "internal_error"
+        return problem_response(request, problem)

@@ -1,0 +1,293 @@
+"""Every table on one page. PostgreSQL is the record of everything that happened.
+
+Files lie in the storage, named by the ids here: file first, row second, so a row never points at nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+JOB_STATUSES = (
+    "queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed",
+)  # fmt: skip
+PHASES = ("labeling", "training", "evaluating", "packaging")
+SPLITS = ("train", "validation", "test")
+
+
+def now() -> datetime:
+    """The present moment in UTC."""
+    return datetime.now(UTC)
+
+
+def new_id(prefix: str) -> str:
+    """An id such as `job_018f…`: the milliseconds since 1970 and ten random bytes, so ids sort by age."""
+    milliseconds = int(now().timestamp() * 1000)
+    return f"{prefix}_{milliseconds:012x}{secrets.token_hex(10)}"
+
+
+class Base(DeclarativeBase):
+    """Base of every table."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: JSONB, list[Any]: JSONB, datetime: DateTime(timezone=True)}  # noqa: RUF012
+
+
+class ApiKey(Base):
+    """A key's hash and what it may do; the key itself is shown once and kept nowhere."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(200))
+    hash: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class Dataset(Base):
+    """An uploaded dataset; its rows lie at `datasets/<id>/rows.parquet`."""
+
+    __tablename__ = "datasets"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(300))
+    rows: Mapped[int] = mapped_column(BigInteger)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    columns: Mapped[list[Any]]
+    label_counts: Mapped[dict[str, Any]]
+    duplicates: Mapped[int] = mapped_column(BigInteger)
+    skipped: Mapped[int] = mapped_column(BigInteger)
+    has_text_pair: Mapped[bool] = mapped_column(Boolean)
+    warnings: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    @property
+    def key(self) -> str:
+        """Where the rows lie in the storage."""
+        return f"datasets/{self.id}/rows.parquet"
+
+
+class LabelSet(Base):
+    """What one teacher says about a job's rows; filled shard by shard, kept as Parquet under `labels/<id>/`."""
+
+    __tablename__ = "label_sets"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    """Hash of everything an answer depends on but the text: teacher, revision, prompt, labels."""
+    labels: Mapped[list[Any]]
+    confidence_method: Mapped[str | None] = mapped_column(String(64))
+    report: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    shards: Mapped[list[LabelShard]] = relationship(order_by="LabelShard.index", viewonly=True)
+
+
+class LabelShard(Base):
+    """A run of rows that one worker labels at a time; claimed with FOR UPDATE SKIP LOCKED."""
+
+    __tablename__ = "label_shards"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'claimed', 'done', 'skipped')", name="status"),
+        Index(
+            "ix_label_shards_open", "label_set_id", "index", postgresql_where=text("status IN ('pending', 'claimed')")
+        ),
+    )
+
+    label_set_id: Mapped[str] = mapped_column(ForeignKey("label_sets.id", ondelete="CASCADE"), primary_key=True)
+    index: Mapped[int] = mapped_column(Integer, primary_key=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
+    split: Mapped[str] = mapped_column(String(16))
+    start: Mapped[int] = mapped_column(BigInteger)
+    stop: Mapped[int] = mapped_column(BigInteger)
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    lease_expires_at: Mapped[datetime | None]
+    worker: Mapped[str | None] = mapped_column(String(200))
+    rows_from_cache: Mapped[int] = mapped_column(BigInteger, default=0)
+    rows_failed: Mapped[int] = mapped_column(BigInteger, default=0)
+    tokens: Mapped[int] = mapped_column(BigInteger, default=0)
+    tokens_saved: Mapped[int] = mapped_column(BigInteger, default=0)
+    seconds: Mapped[float] = mapped_column(Double, default=0.0)
+
+    @property
+    def key(self) -> str:
+        """Where this shard's answers lie; the attempt is part of the name, so a late writer overwrites nothing."""
+        return f"labels/{self.label_set_id}/part-{self.index:06d}-{self.attempt}.parquet"
+
+
+class LabelCache(Base):
+    """A teacher's answer to one text, shared by every job of a tenant."""
+
+    __tablename__ = "label_cache"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    text_hash: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    probabilities: Mapped[bytes] = mapped_column(LargeBinary)
+    """The distribution over the labels as little-endian float32."""
+    tokens: Mapped[int] = mapped_column(Integer, default=0)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Job(Base):
+    """One distillation, from labeling to the checkpoint."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"status IN {JOB_STATUSES!r}", name="status"),
+        CheckConstraint(f"phase IN {PHASES!r}", name="phase"),
+        Index("ix_jobs_tenant_created", "tenant", "id"),
+        Index("ix_jobs_metadata", "metadata", postgresql_using="gin"),
+        Index(
+            "ix_jobs_active", "status",
+            postgresql_where=text("status NOT IN ('succeeded', 'failed', 'cancelled', 'paused')"),
+        ),
+    )  # fmt: skip
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str | None] = mapped_column(String(200))
+    method: Mapped[str] = mapped_column(String(64), index=True)
+    status: Mapped[str] = mapped_column(String(16), default="queued")
+    phase: Mapped[str | None] = mapped_column(String(16))
+    spec: Mapped[dict[str, Any]]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), index=True)
+    validation_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
+    test_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
+    label_set_id: Mapped[str] = mapped_column(ForeignKey("label_sets.id"), index=True)
+    warnings: Mapped[list[Any]] = mapped_column(default=list)
+    selection: Mapped[dict[str, Any] | None]
+    metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    evaluation: Mapped[dict[str, Any] | None]
+    best_checkpoint_id: Mapped[str | None] = mapped_column(String(40))
+    error: Mapped[dict[str, Any] | None]
+    event_seq: Mapped[int] = mapped_column(Integer, default=0)
+    """The number of the last event; raised under the row's lock, so the numbers have no gaps."""
+    attempt: Mapped[int] = mapped_column(Integer, default=0)
+    """Raised by every claim; a worker's writes hold only while it is unchanged."""
+    lost_workers: Mapped[int] = mapped_column(Integer, default=0)
+    worker: Mapped[str | None] = mapped_column(String(200))
+    lease_expires_at: Mapped[datetime | None]
+    enqueued_at: Mapped[datetime] = mapped_column(default=now)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    phases: Mapped[list[JobPhase]] = relationship(order_by="JobPhase.position", lazy="selectin", viewonly=True)
+    label_set: Mapped[LabelSet] = relationship(viewonly=True)
+
+
+class JobPhase(Base):
+    """How far one phase of a job has come."""
+
+    __tablename__ = "job_phases"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(16), primary_key=True)
+    position: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    done: Mapped[int] = mapped_column(BigInteger, default=0)
+    total: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class JobEvent(Base):
+    """Something that happened to a job; `seq` counts from 1 without gaps."""
+
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(Integer, primary_key=True)
+    type: Mapped[str] = mapped_column(String(64))
+    level: Mapped[str] = mapped_column(String(8), default="info")
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    at: Mapped[datetime] = mapped_column(default=now)
+
+
+class JobMetric(Base):
+    """One point of one series."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(300), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    epoch: Mapped[float] = mapped_column(Double)
+    value: Mapped[float | None] = mapped_column(Double)
+    at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Checkpoint(Base):
+    """A trained student that can be downloaded; its files lie in `checkpoints/<id>.tar`."""
+
+    __tablename__ = "checkpoints"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    step: Mapped[int] = mapped_column(BigInteger)
+    epoch: Mapped[float] = mapped_column(Double)
+    metrics: Mapped[dict[str, Any]]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    files: Mapped[list[Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    @property
+    def key(self) -> str:
+        """Where the tar lies in the storage."""
+        return f"checkpoints/{self.id}.tar"
+
+
+class IdempotencyKey(Base):
+    """The answer to a POST that carried an Idempotency-Key, kept so that sending it again is harmless."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (UniqueConstraint("tenant", "path", "key"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    path: Mapped[str] = mapped_column(String(100))
+    key: Mapped[str] = mapped_column(String(255))
+    request_hash: Mapped[str] = mapped_column(String(64))
+    status: Mapped[int | None] = mapped_column(Integer)
+    """Null while the first request is being answered."""
+    body: Mapped[dict[str, Any] | None]
+    headers: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)

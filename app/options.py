@@ -1,0 +1,299 @@
+"""What a client may ask for: the job spec, parsed and checked in one place.
+
+Every `kind` is a class of its own in a discriminated union, so an option that a method does not know is refused at the
+door with its path, and the OpenAPI document says what each kind takes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, field_validator, model_validator
+
+DEFAULT_STUDENT = "all-MiniLM-L6-v2"
+
+
+class Options(BaseModel):
+    """Base of every option class: unknown fields are refused, values never change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _plain_text(value: str) -> str:
+    if "\x00" in value:
+        raise ValueError("contains a NUL character; remove it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"contains a lone surrogate at position {error.start}; send valid Unicode") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_plain_text)]
+DatasetId = Annotated[str, Field(pattern=r"^ds_[0-9a-z]{16,40}$", examples=["ds_0123456789abcdef0123"])]
+
+
+class Label(Options):
+    """One class the student shall know."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=200)]
+    """The class name as it stands in labels, predictions and id2label."""
+    description: Annotated[Text, Field(max_length=2000)] | None = None
+    """What belongs in the class, in a few words; an embedding teacher compares texts with it."""
+
+
+class Example(Options):
+    """One labeled text that shows the teacher what a label means."""
+
+    text: Annotated[Text, Field(min_length=1, max_length=20_000)]
+    text_pair: Annotated[Text, Field(max_length=20_000)] | None = None
+    label: Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingTeacher(Options):
+    """Label by sentence embeddings: zero-shot by the labels' names and descriptions, or by a linear head on examples."""
+
+    kind: Literal["embedding"]
+    model: Annotated[Text, Field(min_length=1, max_length=300)] = "all-MiniLM-L6-v2"
+    """A sentence-transformers model: the bundled all-MiniLM-L6-v2, a directory under a model root, or a hub name."""
+    examples: Annotated[list[Example], Field(max_length=10_000)] = []
+    """Few-shot examples. With at least two labels covered, a regularised linear head with calibrated confidence."""
+    template: Annotated[Text, Field(max_length=500)] = "{label}"
+    """Zero-shot only: how a label is written before it is embedded; `{label}` is its description, or else its name."""
+    temperature: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Zero-shot only: softmax temperature on cosine similarities; null chooses 0.05."""
+    score_held_out: bool = True
+    """Also label the validation and test sets, so that the teacher's own accuracy stands beside the student's."""
+
+    @field_validator("template")
+    @classmethod
+    def _names_the_label(cls, value: str) -> str:
+        if "{label}" not in value:
+            raise ValueError("must contain {label}, which is replaced by the label's description or name")
+        return value
+
+
+class DatasetTeacher(Options):
+    """The dataset's own labels: a label, a label with a confidence, or the whole distribution of each row."""
+
+    kind: Literal["dataset"]
+    default_confidence: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The confidence of a row that has a label and nothing else; the rest is spread evenly over the other labels."""
+
+
+Teacher = Annotated[EmbeddingTeacher | DatasetTeacher, Field(discriminator="kind")]
+
+
+# --- student --------------------------------------------------------------------------------------------------------
+
+
+class Student(Options):
+    """The small classifier that comes out: always a RobertaForSequenceClassification."""
+
+    model: Annotated[Text, Field(min_length=1, max_length=300)] = DEFAULT_STUDENT
+    """`all-MiniLM-L6-v2` (bundled, pretrained), `scratch`, a directory under a model root, or a hub name."""
+    num_layers: Annotated[int, Field(ge=1, le=48)] | None = None
+    """Keep this many first layers (null: all). For `scratch`: how many to make (null: 4)."""
+    max_length: Annotated[int, Field(ge=8, le=512)] = 128
+    """Tokens kept of a text, or of both texts of a pair together."""
+    hidden_size: Annotated[int, Field(ge=16, le=1024, multiple_of=4)] = 256
+    """`scratch` only: width of the layers."""
+    vocab_size: Annotated[int, Field(ge=300, le=50_265)] = 8000
+    """`scratch` only: size of the byte-level BPE vocabulary trained on the dataset."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout of hidden states, attention and the classification head."""
+
+
+# --- methods: the rows of LLKD's tables -----------------------------------------------------------------------------
+
+
+class LLKD(Options):
+    """Keep rows the teacher is sure of and the student is not (arXiv:2411.08028)."""
+
+    kind: Literal["llkd"]
+    weighted: bool = False
+    """LLKD_w, Eq. 9: weigh each selected row by confidence x uncertainty."""
+    use_teacher_confidence: bool = True
+    """False is the ablation `w/o TC`."""
+    use_student_uncertainty: bool = True
+    """False is the ablation `w/o SU`."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of the thresholds' moving averages; above 0.99 they lag and selection starves."""
+    class_scaling: Literal["class_mean", "freematch", "none"] = "class_mean"
+    """How a threshold depends on the class."""
+    student_threshold: Literal["batch_level", "moving_average"] = "batch_level"
+    """`moving_average` is the paper's; `batch_level` takes the level from the current batch, so it cannot lag."""
+    warm_up: Literal["auto", "none"] = "auto"
+    """`auto`: until the student's predictions carry information, only the teacher's threshold selects. `none`: paper."""
+    warm_up_agreement: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Warm-up ends when chance-corrected agreement of student and teacher (Cohen's kappa) exceeds this."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """At least this share of every batch is trained on, most uncertain rows first; 0 is the paper's rule."""
+
+
+class NoSelection(Options):
+    """Train on every pseudo-labeled row (the paper's No_DS)."""
+
+    kind: Literal["no_selection"]
+
+
+class Random(Options):
+    """Train on a random share of every batch."""
+
+    kind: Literal["random"]
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of each batch that is trained on."""
+
+
+class FreeMatch(Options):
+    """Self-adaptive thresholds on the student's confidence (ICLR 2023)."""
+
+    kind: Literal["freematch"]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999
+
+
+class SoftMatch(Options):
+    """All rows, weighted by a truncated Gaussian of the student's confidence (ICLR 2023)."""
+
+    kind: Literal["softmatch"]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    n_sigma: Annotated[float, Field(gt=0, le=10)] = 2.0
+    uniform_alignment: bool = True
+
+
+class CCKDL(Options):
+    """Confidence-conditioned distillation, loss form: weigh teacher and label by the teacher's confidence (2107.06993)."""
+
+    kind: Literal["cckd_l"]
+    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
+
+
+class CCKDTReg(Options):
+    """Confidence-conditioned targets with self-regulation: skip what the student already knows (2107.06993)."""
+
+    kind: Literal["cckd_t_reg"]
+    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
+    alpha: Annotated[float, Field(gt=0, le=10)] = 0.01
+    """Margin bound 1 - exp(-alpha * epoch)."""
+
+
+class EntropyScore(Options):
+    """Once, before training: keep the rows with the lowest teacher entropy (2206.02914)."""
+
+    kind: Literal["entropy_score"]
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+class UNIXKD(Options):
+    """In every batch, keep the rows the student is most uncertain of (2012.09413)."""
+
+    kind: Literal["unixkd"]
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+
+Method = Annotated[
+    LLKD | NoSelection | Random | FreeMatch | SoftMatch | CCKDL | CCKDTReg | EntropyScore | UNIXKD,
+    Field(discriminator="kind"),
+]
+
+
+# --- training, budget, webhook, the whole spec ----------------------------------------------------------------------
+
+
+class Training(Options):
+    """How the student is trained."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 6
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Rows offered to the rule per step."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-5
+    """Peak of AdamW's schedule: linear warm-up, then linear decay to 0."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Without a validation set, this share of the pseudo-labeled rows is held back to choose the checkpoint."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class Budget(Options):
+    """When to stop asking the teacher; training goes on with what is labeled."""
+
+    max_labeled_rows: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    """Label at most this many rows, the first ones of the dataset."""
+
+
+class Webhook(Options):
+    """Where to send what happens to the job."""
+
+    url: HttpUrl
+
+
+def _small_metadata(value: dict[str, str]) -> dict[str, str]:
+    if len(value) > 16:
+        raise ValueError(f"holds {len(value)} pairs; at most 16 are kept")
+    for key, entry in value.items():
+        if not re.fullmatch(r"[\w.\-]{1,64}", key):
+            raise ValueError(f"key {key[:80]!r}: use 1 to 64 letters, digits, '_', '-' or '.'")
+        if len(entry) > 512:
+            raise ValueError(f"value of {key!r} has {len(entry)} characters; at most 512 are kept")
+        _plain_text(entry)
+    return value
+
+
+Metadata = Annotated[dict[str, str], AfterValidator(_small_metadata)]
+
+
+class JobSpec(Options):
+    """Everything a job needs to know; the body of POST /jobs."""
+
+    dataset_id: DatasetId
+    """The unlabeled rows."""
+    validation_dataset_id: DatasetId | None = None
+    """Labeled rows that choose the checkpoint."""
+    test_dataset_id: DatasetId | None = None
+    """Labeled rows that are looked at once, at the end."""
+    name: Annotated[Text, Field(max_length=200)] | None = None
+    labels: Annotated[list[Label], Field(max_length=1000)] = []
+    """The classes. May be left out with the `dataset` teacher, which takes those of the dataset."""
+    teacher: Teacher
+    student: Student = Student()
+    method: Method
+    training: Training = Training()
+    budget: Budget = Budget()
+    metadata: Metadata = {}
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names_alone_will_do(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+        return value
+
+    @field_validator("labels")
+    @classmethod
+    def _are_distinct(cls, value: list[Label]) -> list[Label]:
+        seen: dict[str, str] = {}
+        for label in value:
+            key = " ".join(label.name.split()).casefold()
+            if key in seen:
+                raise ValueError(f"{seen[key]!r} and {label.name!r} differ at most by case or spaces; keep one of them")
+            seen[key] = label.name
+        if len(value) == 1:
+            raise ValueError("only one label; a classifier needs at least two")
+        return value
+
+    @model_validator(mode="after")
+    def _examples_use_the_labels(self) -> JobSpec:
+        names = {label.name for label in self.labels}
+        examples = getattr(self.teacher, "examples", [])
+        unknown = sorted({example.label for example in examples} - names)
+        if unknown and names:
+            raise ValueError(
+                f"teacher.examples use labels that `labels` lacks: {', '.join(unknown[:5])}; add or correct them"
+            )
+        return self

@@ -1,0 +1,186 @@
+"""Can this job succeed? Everything that can be known at POST is checked at POST, and every problem is told at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sqlalchemy.orm import Session
+
+from app import labels, pretrained
+from app.config import Settings
+from app.errors import Fault, InvalidSpec
+from app.models import Dataset
+from app.options import DatasetTeacher, JobSpec, Label
+
+MIN_ROWS = 2
+SPLIT_FIELDS = {"train": "dataset_id", "validation": "validation_dataset_id", "test": "test_dataset_id"}
+
+
+@dataclass
+class Plan:
+    """What a checked spec amounts to."""
+
+    spec: JobSpec
+    labels: list[Label]
+    datasets: dict[str, Dataset]
+    """By split: train, and validation and test where given."""
+    fingerprint: str
+    splits_to_label: list[str]
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+
+class _Faults(list[Fault]):
+    def note(self, pointer: str, code: str, message: str) -> None:
+        self.append({"line": None, "pointer": pointer, "code": code, "message": message})
+
+
+def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> Plan:
+    """The plan of a job that can succeed. Raises InvalidSpec with every reason why it cannot."""
+    faults = _Faults()
+    datasets = _datasets(session, tenant, spec, faults)
+    chosen = _labels(spec, datasets.get("train"), faults)
+    warnings = _check_held_out(datasets, chosen, faults)
+    revision = _check_models(spec, settings, faults)
+    if faults:
+        first = faults[0]
+        raise InvalidSpec(f"{(first['pointer'] or '').lstrip('/')}: {first['message']}", errors=faults)
+    for split, dataset in datasets.items():
+        warnings += [{**warning, "split": split} for warning in dataset.warnings]
+    scored = [
+        split
+        for split in ("validation", "test")
+        if split in datasets and getattr(spec.teacher, "score_held_out", False)
+    ]
+    return Plan(
+        spec=spec,
+        labels=chosen,
+        datasets=datasets,
+        fingerprint=labels.fingerprint(spec.teacher, chosen, revision),
+        splits_to_label=["train", *scored],
+        warnings=warnings,
+    )
+
+
+def _datasets(session: Session, tenant: str, spec: JobSpec, faults: _Faults) -> dict[str, Dataset]:
+    found: dict[str, Dataset] = {}
+    for split, name in SPLIT_FIELDS.items():
+        dataset_id = getattr(spec, name)
+        if dataset_id is None:
+            continue
+        # Held until the job is stored, so that nobody deletes the dataset in between.
+        dataset = session.get(Dataset, dataset_id, with_for_update={"read": True})
+        if dataset is None or dataset.tenant != tenant:
+            faults.note(
+                f"/{name}", "dataset_not_found", f"there is no dataset {dataset_id}; upload it with POST /datasets"
+            )
+        else:
+            found[split] = dataset
+    ids = [dataset.id for dataset in found.values()]
+    if len(set(ids)) < len(ids):
+        faults.note(
+            "/validation_dataset_id"
+            if spec.validation_dataset_id in (spec.dataset_id, spec.test_dataset_id)
+            else "/test_dataset_id",
+            "same_dataset_twice",
+            "train, validation and test must be different datasets; scores on rows that were learned from prove nothing",
+        )
+    train = found.get("train")
+    if train is not None and train.rows < MIN_ROWS:
+        faults.note("/dataset_id", "too_few_rows", f"the dataset has {train.rows} row; at least {MIN_ROWS} are needed")
+    pairs = {split: dataset.has_text_pair for split, dataset in found.items()}
+    if len(set(pairs.values())) > 1:
+        with_pair = ", ".join(split for split, has in pairs.items() if has)
+        faults.note(
+            "/dataset_id", "text_pair_mismatch", f"only {with_pair} has text pairs; all datasets of a job must, or none"
+        )
+    return found
+
+
+def _labels(spec: JobSpec, train: Dataset | None, faults: _Faults) -> list[Label]:
+    if not isinstance(spec.teacher, DatasetTeacher):
+        if not spec.labels:
+            faults.note(
+                "/labels",
+                "labels_missing",
+                f"name the classes: a teacher of kind {spec.teacher.kind!r} has to choose among them",
+            )
+        return spec.labels
+    if train is None:
+        return spec.labels
+    if not train.label_counts:
+        faults.note(
+            "/dataset_id", "dataset_has_no_labels",
+            "the teacher is the dataset itself, but the dataset holds no labels; upload one with a label column, or name it with label_column",
+        )  # fmt: skip
+        return spec.labels
+    if not spec.labels:
+        if len(train.label_counts) < 2:
+            faults.note(
+                "/dataset_id", "one_class_only", "the dataset holds only one label; a classifier needs at least two"
+            )
+        return [Label(name=name) for name in sorted(train.label_counts)]
+    names = {label.name for label in spec.labels}
+    if not names & set(train.label_counts):
+        faults.note(
+            "/labels",
+            "labels_unused",
+            f"none of these stands in the dataset, whose labels are: {_some(train.label_counts)}",
+        )
+    elif len(names & set(train.label_counts)) < 2:
+        faults.note(
+            "/labels", "one_class_only", "only one of these stands in the dataset; a classifier needs at least two"
+        )
+    return spec.labels
+
+
+def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _Faults) -> list[dict[str, str]]:
+    names = {label.name for label in chosen}
+    warnings = []
+    for split in ("validation", "test"):
+        dataset = datasets.get(split)
+        if dataset is None:
+            continue
+        where = f"/{SPLIT_FIELDS[split]}"
+        if not dataset.label_counts:
+            faults.note(
+                where,
+                f"{split}_without_labels",
+                f"the {split} set holds no labels, so nothing can be scored on it; upload it with a label column, or name the column with label_column",
+            )
+            continue
+        unknown = sorted(set(dataset.label_counts) - names)
+        if names and len(unknown) == len(dataset.label_counts):
+            faults.note(
+                where,
+                "labels_differ",
+                f"none of the {split} set's labels ({_some(unknown)}) is among the job's labels ({_some(names)})",
+            )
+        elif unknown and names:
+            rows = sum(dataset.label_counts[name] for name in unknown)
+            warnings.append({
+                "code": "label_unknown_to_job", "split": split,
+                "message": f"{rows} {split} rows carry labels the job lacks ({_some(unknown)}); they count as errors of the student",
+            })  # fmt: skip
+    return warnings
+
+
+def _check_models(spec: JobSpec, settings: Settings, faults: _Faults) -> str | None:
+    """The teacher's revision, where it is a model."""
+    revision = None
+    wanted = [("/student/model", spec.student.model, "student")]
+    if (model := getattr(spec.teacher, "model", None)) is not None:
+        wanted.append(("/teacher/model", model, "embedding"))
+    for pointer, name, purpose in wanted:
+        try:
+            source = pretrained.resolve(name, purpose=purpose, roots=settings.model_roots, allow_hub=settings.allow_hub)
+        except InvalidSpec as error:
+            faults.note(pointer, "model_unresolvable", error.detail)
+        else:
+            if pointer == "/teacher/model":
+                revision = source.revision
+    return revision
+
+
+def _some(names: object) -> str:
+    ordered = sorted(names)  # type: ignore[call-overload]
+    return ", ".join(repr(name) for name in ordered[:5]) + (" …" if len(ordered) > 5 else "")

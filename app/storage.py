@@ -1,0 +1,113 @@
+"""Files by key over fsspec: `file://` on one machine, `s3://` on many. Keys are made by us and never by a client."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+from app.config import settings
+
+KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*(/[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*)*")
+COPY_BYTES = 1024 * 1024
+
+
+class Storage:
+    """One place for files, named by a URL; whatever is put appears whole or not at all."""
+
+    def __init__(self, url: str) -> None:
+        self.filesystem, self.root = fsspec.core.url_to_fs(url)
+        self.is_local = "file" in self.filesystem.protocol
+
+    def _path(self, key: str) -> str:
+        if not KEY.fullmatch(key):
+            raise ValueError(f"not a storage key: {key!r}")
+        return f"{self.root}/{key}"
+
+    def put(self, key: str, source: Path) -> None:
+        """Copy a local file to `key`. Atomic: a reader sees the old file, or the new one, or none."""
+        path = self._path(key)
+        if not self.is_local:
+            self.filesystem.put_file(str(source), path)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as partial:
+            try:
+                with source.open("rb") as stream:
+                    while chunk := stream.read(COPY_BYTES):
+                        partial.write(chunk)
+                partial.flush()
+                Path(partial.name).replace(target)
+            except BaseException:
+                Path(partial.name).unlink(missing_ok=True)
+                raise
+
+    def put_bytes(self, key: str, content: bytes) -> None:
+        """Store a small file."""
+        with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
+            file = Path(directory) / "content"
+            file.write_bytes(content)
+            self.put(key, file)
+
+    def open(self, key: str) -> BinaryIO:
+        """The file for reading, seekable. Raises FileNotFoundError."""
+        stream: BinaryIO = self.filesystem.open(self._path(key), "rb")
+        return stream
+
+    def read(self, key: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        with self.open(key) as stream:
+            return stream.read()
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a file at `key`."""
+        return bool(self.filesystem.exists(self._path(key)))
+
+    def size(self, key: str) -> int:
+        """Bytes of the file. Raises FileNotFoundError."""
+        return int(self.filesystem.size(self._path(key)))
+
+    def delete(self, key: str) -> None:
+        """Remove a file; it may be gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.rm_file(self._path(key))
+
+    def delete_all(self, prefix: str) -> None:
+        """Remove every file under `prefix/`; there may be none."""
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.rm(self._path(prefix), recursive=True)
+
+    @contextmanager
+    def local_copy(self, key: str) -> Iterator[Path]:
+        """The file as a local path: itself on a local storage, else a temporary copy."""
+        path = self._path(key)
+        if self.is_local:
+            if not Path(path).is_file():
+                raise FileNotFoundError(key)
+            yield Path(path)
+            return
+        with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
+            copy = Path(directory) / Path(key).name
+            self.filesystem.get_file(path, str(copy))
+            yield copy
+
+
+@lru_cache
+def storage() -> Storage:
+    """The storage the settings name."""
+    return Storage(settings().storage_url)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a local file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
