@@ -1,6 +1,6 @@
-"""Which model a name stands for: under the model roots, bundled, `scratch`, or on the hub; refused if it cannot be loaded.
+"""Which model a name stands for: under the model roots, bundled, `scratch` or on the hub; else a refusal that helps.
 
-The server asks at POST /jobs, so that a job whose model cannot be had is refused there; the workers ask again to load it.
+The server asks at POST /jobs, so that a job whose model cannot be had is refused there; the workers ask again to load.
 Nothing here imports torch, and nothing here runs code that comes with a model.
 """
 
@@ -132,12 +132,16 @@ def _check_config(name: str, config: dict[str, Any], purpose: Purpose) -> None:
 
 
 def _read_json(name: str, path: Path) -> dict[str, Any]:
+    return _object(f"{path.name} of {name!r}", path.read_bytes())
+
+
+def _object(what: str, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ModelUnresolvable(f"{path.name} of {name!r} is not a JSON object.")
+        raise ModelUnresolvable(f"{what} is damaged: a JSON object was expected.")
     return value
 
 
@@ -166,14 +170,14 @@ def _content_hash(folder: Path) -> str:
     for part in _parts(folder):
         texts = sorted(path for pattern in ("*.json", "*.txt") for path in part.glob(pattern))
         for path in texts:
-            digest.update(_entry(path, [path.read_bytes()]))
+            digest.update(_entry(folder, path, [path.read_bytes()]))
         for path in sorted(part.glob("*.safetensors")):
-            digest.update(_entry(path, _tensor_samples(path)))
+            digest.update(_entry(folder, path, _tensor_samples(path)))
     return digest.hexdigest()
 
 
-def _entry(path: Path, contents: Iterable[bytes]) -> bytes:
-    digest = hashlib.sha256(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
+def _entry(folder: Path, path: Path, contents: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
     for content in contents:
         digest.update(content)
     return digest.digest()
@@ -183,11 +187,9 @@ def _tensor_samples(path: Path) -> Iterable[bytes]:
     """The header of a safetensors file, then the first bytes of each tensor."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ModelUnresolvable(f"{path.name} is not a safetensors file.")
-        header = file.read(length)
+        header = file.read(min(length, path.stat().st_size))
         yield header
-        for tensor in json.loads(header).values():
+        for tensor in _object(path.name, header).values():
             if "data_offsets" in tensor:
                 start, end = tensor["data_offsets"]
                 file.seek(8 + length + start)
@@ -214,7 +216,7 @@ def _hub_commit(name: str, purpose: Purpose) -> str:
             if answer.status_code == 404:
                 raise ModelUnresolvable(f"The hub has no model {name!r} with a config.json; check the spelling.")
             answer.raise_for_status()
-            _check_config(name, answer.json(), purpose)
+            _check_config(name, _object(f"config.json of {name!r}", answer.content), purpose)
             if not any(
                 hub.head(f"{base}/{file}").is_success for file in ("model.safetensors", "model.safetensors.index.json")
             ):
