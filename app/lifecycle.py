@@ -1,0 +1,597 @@
+"""Job states, the legal moves between them, and the verbs that make them.
+
+              submit                claim                     finish
+    (client) ───────▶ queued ─────────────────▶ running ─────────────────▶ succeeded
+                      │  ▲  ▲                   │  │  │ fail
+             cancel   │  │  │ resume / retry    │  │  └─────────────────▶ failed
+                      ▼  │  │                   │  │ pause
+               cancelled │  └──────── paused ◀─ pausing
+                      ▲  │ worker lost          │
+                      └──┴───── cancelling ◀────┘ cancel
+
+Labeling is shared by many workers: each claims a shard and its writes hold only while the shard's `attempt` is its
+own. Training belongs to one worker: a claim raises the job's `attempt`, and every write asks for it. A worker that
+lost its lease finds out at its next write, or heartbeat, and stops. Nothing here commits; app/db.py does.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.config import settings
+from app.errors import IllegalMove
+from app.models import PHASES, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
+from app.preflight import Plan
+from app.queue import LABEL, TRAIN, enqueue_on_commit
+
+TERMINAL = ("succeeded", "failed", "cancelled")
+HELD = ("running", "pausing", "cancelling")
+"""Statuses in which a worker may hold the job."""
+PHASE_WEIGHTS = {"labeling": 0.25, "training": 0.6, "evaluating": 0.1, "packaging": 0.05}
+LABEL_MESSAGES = 16
+"""At most this many workers are called to a labeling at once; more join through the sweep."""
+
+
+class LeaseLost(Exception):
+    """The job, or shard, is no longer this worker's: cancelled, or given to another."""
+
+
+class WorkFailed(Exception):
+    """A job cannot go on, for a reason its owner should read."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code, self.message = code, message
+        super().__init__(message)
+
+
+# --- asking ---------------------------------------------------------------------------------------------------------
+
+
+def is_terminal(job: Job) -> bool:
+    """Whether nothing more will happen to the job by itself or by a worker."""
+    return job.status in TERMINAL
+
+
+def progress(job: Job) -> float:
+    """From 0 to 1, by the rows each phase has done; 1 only when the job has succeeded."""
+    if job.status == "succeeded":
+        return 1.0
+    done = sum(
+        PHASE_WEIGHTS[phase.name]
+        * (1.0 if phase.finished_at else min(1.0, phase.done / phase.total if phase.total else 0.0))
+        for phase in job.phases
+    )
+    return round(min(done, 0.999), 4)
+
+
+def eta_seconds(job: Job) -> float | None:
+    """Seconds until the end, by the pace so far; null while there is no pace, and at the end."""
+    fraction = progress(job)
+    if job.status != "running" or job.started_at is None or fraction < 0.02:
+        return None
+    elapsed = (now() - job.started_at).total_seconds()
+    return round(elapsed * (1 - fraction) / fraction, 1)
+
+
+def labeling_figures(job: Job) -> dict[str, Any]:
+    """What labeling has cost so far, added up over the job's shards."""
+    label_set = job.label_set
+    shards = label_set.shards
+    return {
+        "labels": [label["name"] for label in label_set.labels],
+        "confidence_method": label_set.confidence_method,
+        "rows_from_cache": sum(shard.rows_from_cache for shard in shards),
+        "rows_failed": sum(shard.rows_failed for shard in shards),
+        "tokens": sum(shard.tokens for shard in shards),
+        "tokens_saved": sum(shard.tokens_saved for shard in shards),
+        "seconds": round(sum(shard.seconds for shard in shards), 3),
+        "teacher": label_set.report,
+    }
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+
+def emit(session: Session, job_id: str, type: str, message: str, *, level: str = "info", **data: Any) -> None:
+    """Record an event under the next number of the job. Takes the job's row lock, so numbers have no gaps."""
+    seq = session.scalar(
+        update(Job)
+        .where(Job.id == job_id)
+        .values(event_seq=Job.event_seq + 1)
+        .returning(Job.event_seq)
+        .execution_options(synchronize_session=False)
+    )
+    session.add(JobEvent(job_id=job_id, seq=seq, type=type, level=level, message=message, data=data))
+
+
+def record_metrics(session: Session, job_id: str, step: int, epoch: float, values: dict[str, float | None]) -> None:
+    """Write points of several series at one step; a resumed run writes the same points again."""
+    moment = now()
+    rows = [
+        {"job_id": job_id, "name": name, "step": step, "epoch": epoch, "value": value, "at": moment}
+        for name, value in values.items()
+    ]
+    statement = insert(JobMetric).values(rows)
+    statement = statement.on_conflict_do_update(
+        index_elements=["job_id", "name", "step"],
+        set_={"value": statement.excluded.value, "epoch": statement.excluded.epoch, "at": statement.excluded.at},
+    )
+    session.execute(statement)
+
+
+def start_phase(session: Session, job_id: str, name: str, total: int) -> None:
+    """The job enters a phase, or enters it again after a worker was lost."""
+    values = {
+        "job_id": job_id,
+        "name": name,
+        "position": PHASES.index(name),
+        "started_at": now(),
+        "total": total,
+        "done": 0,
+    }
+    statement = insert(JobPhase).values(values)
+    # A phase that is entered again keeps its beginning.
+    session.execute(statement.on_conflict_do_update(index_elements=["job_id", "name"], set_={"total": total}))
+
+
+def advance_phase(session: Session, job_id: str, name: str, done: int, *, finished: bool = False) -> None:
+    """Note how far a phase has come."""
+    values: dict[str, Any] = {"done": done}
+    if finished:
+        values["finished_at"] = now()
+    session.execute(update(JobPhase).where(JobPhase.job_id == job_id, JobPhase.name == name).values(values))
+
+
+# --- the client's verbs ---------------------------------------------------------------------------------------------
+
+
+def submit(session: Session, tenant: str, plan: Plan) -> Job:
+    """Store a job that preflight has checked, cut its rows into shards, and call workers once that is committed."""
+    spec = plan.spec
+    label_set = LabelSet(
+        id=new_id("ls"),
+        tenant=tenant,
+        fingerprint=plan.fingerprint,
+        labels=[label.model_dump(mode="json") for label in plan.labels],
+    )
+    session.add(label_set)
+    session.flush()
+    shards = _cut(plan, label_set.id)
+    session.add_all(shards)
+    job = Job(
+        id=new_id("job"),
+        tenant=tenant,
+        name=spec.name,
+        method=spec.method.kind,
+        spec=spec.model_dump(mode="json"),
+        metadata_=spec.metadata,
+        dataset_id=spec.dataset_id,
+        validation_dataset_id=spec.validation_dataset_id,
+        test_dataset_id=spec.test_dataset_id,
+        label_set_id=label_set.id,
+        warnings=plan.warnings,
+    )
+    session.add(job)
+    session.flush()
+    rows = sum(shard.stop - shard.start for shard in shards)
+    session.add(JobPhase(job_id=job.id, name="labeling", position=0, total=rows, done=0))
+    emit(session, job.id, "job.queued", "Job accepted.", rows=rows, shards=len(shards))
+    for warning in plan.warnings:
+        emit(session, job.id, "job.warning", warning["message"], level="warning", **warning)
+    enqueue_on_commit(session, LABEL, job.id, copies=min(len(shards), LABEL_MESSAGES))
+    session.flush()
+    session.refresh(job)
+    return job
+
+
+def _cut(plan: Plan, label_set_id: str) -> list[LabelShard]:
+    shards: list[LabelShard] = []
+    for split in plan.splits_to_label:
+        dataset = plan.datasets[split]
+        rows = dataset.rows
+        if split == "train" and (limit := plan.spec.budget.max_labeled_rows) is not None:
+            rows = min(rows, limit)
+        for start in range(0, rows, settings().shard_rows):
+            stop = min(start + settings().shard_rows, rows)
+            shards.append(
+                LabelShard(
+                    label_set_id=label_set_id,
+                    index=len(shards),
+                    dataset_id=dataset.id,
+                    split=split,
+                    start=start,
+                    stop=stop,
+                )
+            )
+    return shards
+
+
+def cancel(session: Session, job: Job) -> None:
+    """End a job: at once where no worker trains it, else as soon as its worker notices. Raises IllegalMove."""
+    _lock(session, job)
+    if job.status in ("cancelling", "cancelled"):
+        return
+    if job.status in TERMINAL:
+        raise IllegalMove(f"The job has already {job.status}; there is nothing to cancel.")
+    if _is_trained_now(job):
+        job.status = "cancelling"
+        emit(session, job.id, "job.cancelling", "Cancelling: the worker stops at its next step.")
+    else:
+        _end(session, job, "cancelled")
+        emit(session, job.id, "job.cancelled", "Cancelled.")
+
+
+def pause(session: Session, job: Job) -> None:
+    """Hold a job where it is. Raises IllegalMove."""
+    _lock(session, job)
+    if job.status in ("pausing", "paused"):
+        return
+    if job.status not in ("queued", "running"):
+        raise IllegalMove(f"Only a queued or running job can be paused; this one is {job.status}.")
+    if _is_trained_now(job):
+        job.status = "pausing"
+        emit(session, job.id, "job.pausing", "Pausing: the worker saves its state at its next step.")
+    else:
+        job.status = "paused"
+        emit(session, job.id, "job.paused", "Paused.")
+
+
+def resume(session: Session, job: Job) -> None:
+    """Let a paused job go on from where it was. Raises IllegalMove."""
+    _lock(session, job)
+    if job.status != "paused":
+        raise IllegalMove(f"Only a paused job can be resumed; this one is {job.status}.")
+    _requeue(session, job)
+    emit(session, job.id, "job.resumed", "Resumed: waiting for a worker.")
+
+
+def retry(session: Session, job: Job) -> None:
+    """Try a failed or cancelled job again, from its last saved state. Raises IllegalMove."""
+    _lock(session, job)
+    if job.status not in ("failed", "cancelled"):
+        raise IllegalMove(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
+    job.error, job.finished_at, job.lost_workers = None, None, 0
+    session.execute(
+        update(LabelShard)
+        .where(LabelShard.label_set_id == job.label_set_id, LabelShard.status == "claimed")
+        .values(status="pending", lease_expires_at=None)
+    )
+    _requeue(session, job)
+    emit(session, job.id, "job.retried", "Retried: waiting for a worker.")
+
+
+def _lock(session: Session, job: Job) -> None:
+    session.refresh(job, with_for_update=True)
+
+
+def _is_trained_now(job: Job) -> bool:
+    return job.lease_expires_at is not None and job.status in HELD
+
+
+def _requeue(session: Session, job: Job) -> None:
+    job.status, job.enqueued_at, job.lease_expires_at, job.worker = "queued", now(), None, None
+    labeling = job.phase in (None, "labeling")
+    enqueue_on_commit(session, LABEL if labeling else TRAIN, job.id, copies=LABEL_MESSAGES if labeling else 1)
+
+
+def _end(session: Session, job: Job, status: str) -> None:
+    job.status, job.finished_at, job.lease_expires_at, job.worker = status, now(), None, None
+    session.flush()
+
+
+# --- labeling: many workers, one shard each -------------------------------------------------------------------------
+
+
+def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None:
+    """The next shard of the job nobody works on, now this worker's; None when there is none for it.
+
+    Claiming the first shard starts the job. A shard that has lost `max_attempts` workers fails the job.
+    """
+    job = session.get(Job, job_id, with_for_update=True)
+    if job is None or job.status not in ("queued", "running") or job.phase not in (None, "labeling"):
+        return None
+    shard = session.scalars(
+        select(LabelShard)
+        .where(
+            LabelShard.label_set_id == job.label_set_id,
+            or_(
+                LabelShard.status == "pending",
+                (LabelShard.status == "claimed") & (LabelShard.lease_expires_at < func.now()),
+            ),
+        )
+        .order_by(LabelShard.index)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    ).one_or_none()
+    if job.status == "queued" or job.phase is None:
+        job.status, job.phase = "running", "labeling"
+        job.started_at = job.started_at or now()
+        phase = session.get(JobPhase, (job.id, "labeling"))
+        if phase is not None and phase.started_at is None:
+            phase.started_at = now()
+            emit(session, job.id, "job.started", "A worker started labeling.", worker=worker)
+    if shard is None:
+        _advance_if_labeled(session, job)
+        return None
+    if shard.status == "claimed":
+        emit(
+            session, job.id, "worker.lost",
+            f"A worker was lost while it labeled rows {shard.start} to {shard.stop - 1}; they are labeled again.",
+            level="warning", worker=shard.worker, attempt=shard.attempt,
+        )  # fmt: skip
+    if shard.attempt >= settings().max_attempts:
+        reason = f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set cost {shard.attempt} workers their life; look at these rows."
+        _fail(session, job, "worker_lost", reason)
+        return None
+    shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
+    shard.lease_expires_at = _lease()
+    session.flush()
+    return shard
+
+
+def renew_shard(session: Session, job_id: str, shard: LabelShard) -> None:
+    """Keep a shard. Raises LeaseLost when it, or the job, is no longer to be worked on."""
+    renewed = session.execute(
+        update(LabelShard)
+        .where(
+            LabelShard.label_set_id == shard.label_set_id,
+            LabelShard.index == shard.index,
+            LabelShard.attempt == shard.attempt,
+            LabelShard.status == "claimed",
+            select(Job.id).where(Job.id == job_id, Job.status.in_(("running", "paused"))).exists(),
+        )
+        .values(lease_expires_at=_lease())
+        .execution_options(synchronize_session=False)
+    )
+    if not renewed.rowcount:  # type: ignore[attr-defined]
+        raise LeaseLost
+
+
+def release_shard(session: Session, shard: LabelShard) -> None:
+    """Give a shard back unfinished, without counting the attempt as a lost worker."""
+    session.execute(
+        update(LabelShard)
+        .where(
+            LabelShard.label_set_id == shard.label_set_id,
+            LabelShard.index == shard.index,
+            LabelShard.attempt == shard.attempt,
+            LabelShard.status == "claimed",
+        )
+        .values(status="pending", lease_expires_at=None, worker=None)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def finish_shard(session: Session, job_id: str, shard: LabelShard, figures: dict[str, Any]) -> None:
+    """Record that a shard's file is written. The last one sends the job on to training. Raises LeaseLost."""
+    job = session.get(Job, job_id, with_for_update=True)
+    if job is None or job.status not in ("running", "paused"):
+        raise LeaseLost
+    finished = session.execute(
+        update(LabelShard)
+        .where(
+            LabelShard.label_set_id == shard.label_set_id,
+            LabelShard.index == shard.index,
+            LabelShard.attempt == shard.attempt,
+            LabelShard.status == "claimed",
+        )
+        .values(status="done", lease_expires_at=None, **figures)
+        .execution_options(synchronize_session=False)
+    )
+    if not finished.rowcount:  # type: ignore[attr-defined]
+        raise LeaseLost
+    rows = shard.stop - shard.start
+    session.execute(
+        update(JobPhase)
+        .where(JobPhase.job_id == job_id, JobPhase.name == "labeling")
+        .values(done=JobPhase.done + rows)
+        .execution_options(synchronize_session=False)
+    )
+    emit(session, job_id, "labeling.shard", f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set are labeled.",
+         split=shard.split, start=shard.start, stop=shard.stop, **figures)  # fmt: skip
+    session.expire(job, ["event_seq"])
+    if job.status == "running":
+        _advance_if_labeled(session, job)
+
+
+def _advance_if_labeled(session: Session, job: Job) -> None:
+    """From labeling to training, once no shard is open. The job's row is locked, so this happens once."""
+    open_shards = session.scalar(
+        select(func.count())
+        .select_from(LabelShard)
+        .where(LabelShard.label_set_id == job.label_set_id, LabelShard.status.in_(("pending", "claimed")))
+    )
+    if open_shards:
+        return
+    job.phase, job.enqueued_at = "training", now()
+    phase = session.get(JobPhase, (job.id, "labeling"), populate_existing=True)
+    if phase is not None:
+        phase.finished_at = now()
+    emit(session, job.id, "labeling.finished", "Every row is labeled.")
+    enqueue_on_commit(session, TRAIN, job.id)
+
+
+# --- training: one worker, one attempt ------------------------------------------------------------------------------
+
+
+def _lease() -> Any:
+    return func.now() + timedelta(seconds=settings().lease_seconds)
+
+
+def claim(session: Session, job_id: str, worker: str) -> Job | None:
+    """The job, now this worker's to train; None when it is not waiting for one. A second message is thus harmless."""
+    job = session.scalars(
+        select(Job)
+        .where(
+            Job.id == job_id,
+            Job.status.in_(("queued", "running")),
+            Job.phase.in_(PHASES[1:]),
+            or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
+        )
+        .with_for_update(skip_locked=True)
+    ).one_or_none()
+    if job is None:
+        return None
+    if job.lease_expires_at is not None and _lost_a_worker(session, job):
+        return None
+    job.status, job.attempt, job.worker = "running", job.attempt + 1, worker
+    job.lease_expires_at = _lease()
+    job.started_at = job.started_at or now()
+    emit(session, job.id, "job.claimed", f"Attempt {job.attempt} began.", attempt=job.attempt, worker=worker)
+    session.flush()
+    session.refresh(job)
+    return job
+
+
+def renew(session: Session, job_id: str, attempt: int) -> str:
+    """Keep a job, and learn its status. Raises LeaseLost."""
+    status = session.scalar(
+        update(Job)
+        .where(Job.id == job_id, Job.attempt == attempt, Job.status.in_(HELD))
+        .values(lease_expires_at=_lease())
+        .returning(Job.status)
+        .execution_options(synchronize_session=False)
+    )
+    if status is None:
+        raise LeaseLost
+    return str(status)
+
+
+def held(session: Session, job_id: str, attempt: int) -> Job:
+    """The job with its row locked, while it is this attempt's. Raises LeaseLost."""
+    job = session.scalars(
+        select(Job).where(Job.id == job_id, Job.attempt == attempt, Job.status.in_(HELD)).with_for_update()
+    ).one_or_none()
+    if job is None:
+        raise LeaseLost
+    return job
+
+
+def finish(session: Session, job: Job) -> None:
+    """A held job has its checkpoint: it has succeeded, even if a pause or cancel came a moment too late."""
+    _end(session, job, "succeeded")
+    emit(session, job.id, "job.succeeded", "Finished.", checkpoint_id=job.best_checkpoint_id)
+
+
+def stop(session: Session, job: Job) -> None:
+    """The worker of a held job has stopped, as it was asked to, or because it is shutting down."""
+    if job.status == "cancelling":
+        _end(session, job, "cancelled")
+        emit(session, job.id, "job.cancelled", "Cancelled.")
+    elif job.status == "pausing":
+        job.status, job.lease_expires_at, job.worker = "paused", None, None
+        emit(session, job.id, "job.paused", "Paused; its state is saved.")
+    else:
+        _requeue(session, job)
+        emit(session, job.id, "job.requeued", "The worker is shutting down; another goes on from the saved state.")
+
+
+def fail(session: Session, job_id: str, code: str, message: str, *, attempt: int | None = None) -> None:
+    """End a job with the reason, unless it has ended already or belongs to a later attempt."""
+    job = session.get(Job, job_id, with_for_update=True)
+    if job is None or job.status in TERMINAL or (attempt is not None and job.attempt != attempt):
+        return
+    if job.status == "cancelling":
+        stop(session, job)
+        return
+    _fail(session, job, code, message)
+
+
+def _fail(session: Session, job: Job, code: str, message: str) -> None:
+    job.error = {"code": code, "message": message, "phase": job.phase}
+    _end(session, job, "failed")
+    emit(session, job.id, "job.failed", message, level="error", code=code, phase=job.phase)
+
+
+def _lost_a_worker(session: Session, job: Job) -> bool:
+    """Note that a lease ran out. True when that was once too often and the job has failed."""
+    job.lost_workers += 1
+    emit(
+        session, job.id, "worker.lost", "The worker was lost; the job goes on from its last saved state.",
+        level="warning", worker=job.worker, attempt=job.attempt,
+    )  # fmt: skip
+    if job.lost_workers < settings().max_attempts:
+        return False
+    _fail(
+        session,
+        job,
+        "worker_lost",
+        f"{job.lost_workers} workers were lost while they ran this job; see the workers' logs.",
+    )
+    return True
+
+
+# --- the scheduler's sweep ------------------------------------------------------------------------------------------
+
+
+def sweep(session: Session, idle: set[str]) -> int:
+    """Find what a lost worker or a lost message left behind and set it going again. How many jobs it touched.
+
+    `idle` names the tasks whose queue is empty: only then can a message that is waited for have been lost.
+    """
+    touched = 0
+    expired = session.scalars(
+        select(Job).where(Job.status.in_(HELD), Job.lease_expires_at < func.now()).with_for_update(skip_locked=True)
+    )
+    for job in expired.all():
+        touched += 1
+        if job.status == "running":
+            if not _lost_a_worker(session, job):
+                _requeue(session, job)
+        else:
+            stop(session, job)
+    waiting_since = func.now() - timedelta(seconds=settings().requeue_seconds)
+    waiting = session.scalars(
+        select(Job)
+        .where(Job.status.in_(("queued", "running")), Job.lease_expires_at.is_(None), Job.enqueued_at < waiting_since)
+        .with_for_update(skip_locked=True)
+    )
+    for job in waiting.all():
+        labeling = job.phase in (None, "labeling")
+        task = LABEL if labeling else TRAIN
+        if task not in idle:
+            continue
+        open_shards = _claimable_shards(session, job) if labeling else 1
+        if open_shards == 0 and _live_shards(session, job):
+            continue
+        touched += 1
+        job.enqueued_at = now()
+        enqueue_on_commit(session, task, job.id, copies=max(1, min(open_shards, LABEL_MESSAGES)))
+    return touched
+
+
+def _claimable_shards(session: Session, job: Job) -> int:
+    return (
+        session.scalar(
+            select(func.count())
+            .select_from(LabelShard)
+            .where(
+                LabelShard.label_set_id == job.label_set_id,
+                or_(
+                    LabelShard.status == "pending",
+                    (LabelShard.status == "claimed") & (LabelShard.lease_expires_at < func.now()),
+                ),
+            )
+        )
+        or 0
+    )
+
+
+def _live_shards(session: Session, job: Job) -> int:
+    return (
+        session.scalar(
+            select(func.count())
+            .select_from(LabelShard)
+            .where(
+                LabelShard.label_set_id == job.label_set_id,
+                LabelShard.status == "claimed",
+                LabelShard.lease_expires_at >= func.now(),
+            )
+        )
+        or 0
+    )
