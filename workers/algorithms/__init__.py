@@ -1,0 +1,1 @@
+"""The methods as pure functions on tensors: selection rules, losses, metrics. Imports torch alone."""
