@@ -1,0 +1,9 @@
+"""The teachers by the kind that a job spec names."""
+
+from workers.teachers.dataset import DatasetTeacher
+from workers.teachers.embedding import EmbeddingTeacher
+from workers.teachers.teacher import Labeled, Row, Teacher
+
+TEACHERS: dict[str, type[Teacher]] = {"dataset": DatasetTeacher, "embedding": EmbeddingTeacher}
+
+__all__ = ["TEACHERS", "Labeled", "Row", "Teacher"]
