@@ -159,3 +159,8 @@ def first_of(order: Tensor, count: int) -> Tensor:
     mask = torch.zeros(len(order), dtype=torch.bool, device=order.device)
     mask[order[:count]] = True
     return mask
+
+
+def share_of(rows: int, ratio: float) -> int:
+    """ratio x rows to the nearest row, but never none of some."""
+    return min(rows, max(1, round(ratio * rows)))
