@@ -295,6 +295,7 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
     job = session.get(Job, job_id, with_for_update=True)
     if job is None or job.status not in ("queued", "running") or job.phase not in (None, "labeling"):
         return None
+    _apply_budget(session, job)
     shard = session.scalars(
         select(LabelShard)
         .where(
@@ -332,6 +333,32 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
     shard.lease_expires_at = _lease()
     session.flush()
     return shard
+
+
+def _apply_budget(session: Session, job: Job) -> None:
+    """Skip the train shards nobody has claimed once the budget is spent; the job goes on with what is labeled."""
+    budget = job.spec["budget"]
+    limits = {"max_teacher_tokens": LabelShard.tokens, "max_seconds": LabelShard.seconds}
+    for name, column in limits.items():
+        if (limit := budget.get(name)) is None:
+            continue
+        spent = session.scalar(select(func.sum(column)).where(LabelShard.label_set_id == job.label_set_id)) or 0
+        if spent < limit:
+            continue
+        skipped = session.scalars(
+            update(LabelShard)
+            .where(
+                LabelShard.label_set_id == job.label_set_id, LabelShard.status == "pending", LabelShard.split == "train"
+            )
+            .values(status="skipped")
+            .returning(LabelShard.stop - LabelShard.start)
+            .execution_options(synchronize_session=False)
+        ).all()
+        if skipped:
+            emit(
+                session, job.id, "budget.reached", level="warning", rows=sum(skipped),
+                message=f"budget.{name} is spent ({spent:g} of {limit:g}); {sum(skipped)} rows stay unlabeled and training goes on without them.",
+            )  # fmt: skip
 
 
 def renew_shard(session: Session, job_id: str, shard: LabelShard) -> None:

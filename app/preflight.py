@@ -167,9 +167,9 @@ def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _
 def _check_models(spec: JobSpec, settings: Settings, faults: _Faults) -> str | None:
     """The teacher's revision, where it is a model."""
     revision = None
-    wanted = [("/student/model", spec.student.model, "student")]
+    wanted: list[tuple[str, str, pretrained.Purpose]] = [("/student/model", spec.student.model, "student")]
     if (model := getattr(spec.teacher, "model", None)) is not None:
-        wanted.append(("/teacher/model", model, "embedding"))
+        wanted.append(("/teacher/model", model, "encoder_teacher"))
     for pointer, name, purpose in wanted:
         try:
             source = pretrained.resolve(name, purpose=purpose, roots=settings.model_roots, allow_hub=settings.allow_hub)

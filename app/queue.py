@@ -67,3 +67,13 @@ def enqueue_on_commit(session: Session, task: str, job_id: str, copies: int = 1)
                 return
 
     event.listen(session, "after_commit", after_commit, once=True)
+
+
+def broker_is_reachable() -> bool:
+    """Whether the broker answers just now."""
+    try:
+        with producer().connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=2)
+    except (BrokerError, RedisError, OSError):
+        return False
+    return True

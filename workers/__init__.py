@@ -1,0 +1,1 @@
+"""Everything that may need a GPU: labeling with teachers, training students, packing checkpoints."""

@@ -75,7 +75,7 @@ def page(
 PageDep = Annotated[Page, Depends(page)]
 
 
-def newest_first(session: Session, query: Select[tuple[Row]], model: type[Row], page: Page) -> dict[str, Any]:
+def newest_first(session: Session, query: Select[Row], model: type[Row], page: Page) -> dict[str, Any]:
     """One page of `query`, newest first, by key and never by offset."""
     if page.after is not None:
         query = query.where(model.id < page.after)  # type: ignore[attr-defined]
@@ -115,7 +115,6 @@ def idempotent(
         body = answer().model_dump(mode="json", by_alias=True)
         return respond(body, headers(body))
     path = request.url.path
-    row = IdempotencyKey(tenant=tenant, path=path, key=key, request_hash=fingerprint)
     values = {"tenant": tenant, "path": path, "key": key, "request_hash": fingerprint, "created_at": now()}
     made = session.scalar(insert(IdempotencyKey).values(values).on_conflict_do_nothing().returning(IdempotencyKey.id))
     row = session.scalars(

@@ -1,0 +1,149 @@
+"""Checkpoints over HTTP: what there is, and the tar itself with ranges, a strong ETag and its digest."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import Response, StreamingResponse
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.api.deps import PageDep, SessionDep, StorageDep, TenantDep, newest_first, owned, problems
+from app.api.schemas import CheckpointRead, PageRead
+from app.errors import NotFound, NotReady, RangeNotSatisfiable, Unauthorized
+from app.models import Checkpoint, Job
+from app.storage import Storage
+
+router = APIRouter(tags=["checkpoints"])
+
+CHUNK_BYTES = 256 * 1024
+ONE_RANGE = re.compile(r"bytes=\s*(\d*)-(\d*)\s*")
+TAR: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}},
+    206: {"description": "The part that was asked for.", "content": {"application/x-tar": {}}},
+    304: {"description": "Unchanged."},
+    **problems(Unauthorized, NotFound, RangeNotSatisfiable),
+}
+
+
+@router.get(
+    "/jobs/{job_id}/checkpoints", response_model=PageRead[CheckpointRead], responses=problems(Unauthorized, NotFound)
+)
+def list_checkpoints(job_id: str, session: SessionDep, tenant: TenantDep, page: PageDep) -> dict[str, Any]:
+    """The checkpoints of a job, newest first."""
+    job = owned(session, Job, job_id, tenant)
+    found = newest_first(session, select(Checkpoint).where(Checkpoint.job_id == job.id), Checkpoint, page)
+    return {**found, "data": [_read(session, checkpoint) for checkpoint in found["data"]]}
+
+
+@router.get("/checkpoints/{checkpoint_id}", response_model=CheckpointRead, responses=problems(Unauthorized, NotFound))
+def read_checkpoint(checkpoint_id: str, session: SessionDep, tenant: TenantDep) -> CheckpointRead:
+    """One checkpoint: scores, size, digest, and its files with theirs."""
+    return _read(session, owned(session, Checkpoint, checkpoint_id, tenant))
+
+
+@router.api_route(
+    "/checkpoints/{checkpoint_id}/download", methods=["GET", "HEAD"], response_class=Response, responses=TAR
+)
+def download_checkpoint(
+    checkpoint_id: str, request: Request, session: SessionDep, storage: StorageDep, tenant: TenantDep,
+    range: Annotated[str | None, Header()] = None, if_range: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:  # fmt: skip
+    """The checkpoint as one tar; unpacked it loads with `AutoModelForSequenceClassification.from_pretrained`."""
+    checkpoint = owned(session, Checkpoint, checkpoint_id, tenant)
+    return _send(storage, checkpoint, request, range, if_range, if_none_match)
+
+
+@router.api_route(
+    "/jobs/{job_id}/checkpoint",
+    methods=["GET", "HEAD"],
+    response_class=Response,
+    responses={**TAR, **problems(NotReady)},
+)
+def download_best(
+    job_id: str, request: Request, session: SessionDep, storage: StorageDep, tenant: TenantDep,
+    range: Annotated[str | None, Header()] = None, if_range: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:  # fmt: skip
+    """The best checkpoint of a job, as one tar."""
+    job = owned(session, Job, job_id, tenant)
+    if job.best_checkpoint_id is None:
+        raise NotReady(f"The job is {job.status} and has no checkpoint yet.")
+    checkpoint = owned(session, Checkpoint, job.best_checkpoint_id, tenant)
+    return _send(storage, checkpoint, request, range, if_range, if_none_match)
+
+
+def _read(session: Session, checkpoint: Checkpoint) -> CheckpointRead:
+    best = session.scalar(select(Job.best_checkpoint_id).where(Job.id == checkpoint.job_id))
+    values = {name: getattr(checkpoint, name) for name in CheckpointRead.model_fields if name != "is_best"}
+    return CheckpointRead.model_validate({**values, "is_best": best == checkpoint.id})
+
+
+def _send(
+    storage: Storage, checkpoint: Checkpoint, request: Request, range: str | None, if_range: str | None,
+    if_none_match: str | None,
+) -> Response:  # fmt: skip
+    etag = f'"{checkpoint.sha256}"'
+    digest = base64.b64encode(bytes.fromhex(checkpoint.sha256)).decode()
+    headers = {
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Content-Disposition": f'attachment; filename="{checkpoint.id}.tar"',
+        "Cache-Control": "private, no-transform",
+    }
+    if if_none_match is not None and (if_none_match.strip() == "*" or etag in if_none_match):
+        return Response(status_code=304, headers=headers)
+    first, last = 0, checkpoint.bytes - 1
+    status = 200
+    if range is not None and (if_range is None or if_range.strip() == etag):
+        part = requested_part(range, checkpoint.bytes)
+        if part is not None:
+            first, last = part
+            status = 206
+            headers["Content-Range"] = f"bytes {first}-{last}/{checkpoint.bytes}"
+    headers["Content-Length"] = str(last - first + 1)
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type="application/x-tar")
+    body = _read_part(storage, checkpoint.key, first, last)
+    return StreamingResponse(body, status, headers, media_type="application/x-tar")
+
+
+def requested_part(header: str, size: int) -> tuple[int, int] | None:
+    """First and last byte of a Range header; None when it asks for several parts or is not in bytes (RFC 9110: ignore).
+
+    Raises RangeNotSatisfiable when it lies outside the file.
+    """
+    match = ONE_RANGE.fullmatch(header)
+    if match is None or match.groups() == ("", ""):
+        return None
+    begin, end = match.groups()
+    if begin == "":
+        length = int(end)
+        first, last = max(0, size - length), size - 1
+        outside = length == 0
+    else:
+        first, last = int(begin), min(int(end) if end else size - 1, size - 1)
+        if end and int(end) < first:
+            return None
+        outside = first >= size
+    if outside:
+        raise RangeNotSatisfiable(f"The file has {size} bytes.", headers={"Content-Range": f"bytes */{size}"})
+    return first, last
+
+
+def _read_part(storage: Storage, key: str, first: int, last: int) -> Iterator[bytes]:
+    with storage.open(key) as stream:
+        stream.seek(first)
+        remaining = last - first + 1
+        while remaining > 0:
+            chunk = stream.read(min(CHUNK_BYTES, remaining))
+            if not chunk:
+                raise OSError(f"{key} is shorter than its row says")
+            remaining -= len(chunk)
+            yield chunk

@@ -1,0 +1,272 @@
+"""Jobs over HTTP: start, look, steer; events, metrics and the samples ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Header, Query, Request, Response
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from sse_starlette import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+
+from app import estimates, ledger, lifecycle, preflight
+from app.api.deps import (
+    IdempotencyDep,
+    PageDep,
+    SessionDep,
+    SettingsDep,
+    StorageDep,
+    TenantDep,
+    idempotent,
+    newest_first,
+    owned,
+    problems,
+    request_hash,
+)
+from app.api.schemas import (
+    DryRunRead,
+    EventPage,
+    EventRead,
+    JobRead,
+    PageRead,
+    PointRead,
+    SamplePage,
+    SampleRead,
+    SeriesPage,
+    SeriesRead,
+)
+from app.db import session_scope
+from app.errors import Conflict, IllegalMove, InvalidSpec, KeyReused, NotFound, NotReady, Unauthorized
+from app.models import Job, JobEvent, JobMetric
+from app.options import JobSpec
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+RETRY_AFTER_SECONDS = 2
+EVENT_POLL_SECONDS = 0.5
+KEEP_ALIVE_SECONDS = 15
+METADATA_FILTER = re.compile(r"metadata\[([\w.\-]{1,64})\]")
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=JobRead,
+    responses={
+        200: {"model": DryRunRead, "description": "With dry_run=true: what the job would need; nothing is stored."},
+        **problems(Unauthorized, InvalidSpec, Conflict),
+    },
+)
+def create_job(
+    spec: JobSpec,
+    request: Request,
+    session: SessionDep,
+    storage: StorageDep,
+    settings: SettingsDep,
+    tenant: TenantDep,
+    idempotency_key: IdempotencyDep = None,
+    dry_run: Annotated[bool, Query(description="Only tell what the job would need.")] = False,
+) -> Response:
+    """Start a distillation job, once everything that can be checked beforehand has been."""
+    if dry_run:
+        plan = preflight.check(session, tenant, spec, settings)
+        return Response(
+            DryRunRead.model_validate(estimates.dry_run(session, storage, tenant, plan)).model_dump_json(),
+            media_type="application/json",
+        )
+
+    def start() -> JobRead:
+        plan = preflight.check(session, tenant, spec, settings)
+        return JobRead.of(lifecycle.submit(session, tenant, plan))
+
+    return idempotent(
+        session, request, tenant, idempotency_key, request_hash(spec.model_dump(mode="json")), start, status=202,
+        headers=lambda job: {"Location": f"/jobs/{job['id']}", "Retry-After": str(RETRY_AFTER_SECONDS)},
+    )  # fmt: skip
+
+
+@router.get("", response_model=PageRead[JobRead], responses=problems(Unauthorized, KeyReused))
+def list_jobs(
+    request: Request,
+    session: SessionDep,
+    tenant: TenantDep,
+    page: PageDep,
+    status: Annotated[Status | None, Query()] = None,
+    method: Annotated[str | None, Query(max_length=64, pattern=r"^\w+$")] = None,
+) -> dict[str, Any]:
+    """The jobs, newest first. `metadata[key]=value` keeps those that carry it."""
+    query = select(Job).where(Job.tenant == tenant)
+    if status is not None:
+        query = query.where(Job.status == status)
+    if method is not None:
+        query = query.where(Job.method == method)
+    for name, value in request.query_params.multi_items():
+        if (match := METADATA_FILTER.fullmatch(name)) and "\x00" not in value:
+            query = query.where(Job.metadata_.contains({match[1]: value}))
+    found = newest_first(session, query, Job, page)
+    return {**found, "data": [JobRead.of(job) for job in found["data"]]}
+
+
+@router.get("/{job_id}", response_model=JobRead, responses=problems(Unauthorized, NotFound))
+def read_job(job_id: str, session: SessionDep, tenant: TenantDep, response: Response) -> JobRead:
+    """One job: status, progress, selection, scores."""
+    job = owned(session, Job, job_id, tenant)
+    if not lifecycle.is_terminal(job):
+        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return JobRead.of(job)
+
+
+def _move(verb: Any, job_id: str, session: Session, tenant: str) -> JobRead:
+    job = owned(session, Job, job_id, tenant)
+    verb(session, job)
+    session.flush()
+    session.refresh(job)
+    return JobRead.of(job)
+
+
+MOVE: dict[str, Any] = {
+    "status_code": 202, "response_model": JobRead, "responses": problems(Unauthorized, NotFound, IllegalMove),
+}  # fmt: skip
+
+
+@router.post("/{job_id}/cancel", **MOVE)
+def cancel_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
+    """End a job. A training stops at its next step."""
+    return _move(lifecycle.cancel, job_id, session, tenant)
+
+
+@router.post("/{job_id}/pause", **MOVE)
+def pause_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
+    """Hold a job; its state is saved and its worker is free."""
+    return _move(lifecycle.pause, job_id, session, tenant)
+
+
+@router.post("/{job_id}/resume", **MOVE)
+def resume_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
+    """Let a paused job go on."""
+    return _move(lifecycle.resume, job_id, session, tenant)
+
+
+@router.post("/{job_id}/retry", **MOVE)
+def retry_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
+    """Try a failed or cancelled job again, from its last saved state."""
+    return _move(lifecycle.retry, job_id, session, tenant)
+
+
+# --- events ---------------------------------------------------------------------------------------------------------
+
+
+@router.get(
+    "/{job_id}/events",
+    response_model=EventPage,
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        **problems(Unauthorized, NotFound, InvalidSpec),
+    },
+)
+def list_events(
+    job_id: str,
+    session: SessionDep,
+    tenant: TenantDep,
+    after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events with a greater seq.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=100)] = 100,
+    accept: Annotated[str, Header()] = "application/json",
+    last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
+) -> Any:
+    """What happened to the job, as pages, or live with `Accept: text/event-stream`."""
+    job = owned(session, Job, job_id, tenant)
+    if "text/event-stream" in accept:
+        start = after if last_event_id is None else last_event_id
+        return EventSourceResponse(_live_events(job.id, start), ping=KEEP_ALIVE_SECONDS)
+    events = _events_after(session, job.id, after, limit + 1)
+    has_more = len(events) > limit
+    shown = events[:limit]
+    return {"data": shown, "has_more": has_more, "next": shown[-1].seq if has_more else None}
+
+
+def _events_after(session: Session, job_id: str, seq: int, limit: int) -> list[JobEvent]:
+    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq).order_by(JobEvent.seq).limit(limit)
+    return list(session.scalars(query))
+
+
+def _poll(job_id: str, seq: int) -> tuple[list[JobEvent], bool]:
+    """The next events, and whether they are the last. No transaction stays open between two polls."""
+    with session_scope() as session:
+        status = session.scalar(select(Job.status).where(Job.id == job_id))
+        events = _events_after(session, job_id, seq, 100)
+        session.expunge_all()
+    return events, status in lifecycle.TERMINAL and len(events) < 100
+
+
+async def _live_events(job_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:
+    while True:
+        events, last = await run_in_threadpool(_poll, job_id, seq)
+        for event in events:
+            seq = event.seq
+            data = EventRead.model_validate(event).model_dump(mode="json")
+            yield {"id": str(seq), "event": event.type, "data": orjson.dumps(data).decode()}
+        if last:
+            return
+        await asyncio.sleep(EVENT_POLL_SECONDS)
+
+
+# --- metrics and samples --------------------------------------------------------------------------------------------
+
+
+@router.get("/{job_id}/metrics", response_model=SeriesPage, responses=problems(Unauthorized, NotFound, InvalidSpec))
+def read_metrics(
+    job_id: str,
+    session: SessionDep,
+    tenant: TenantDep,
+    name: Annotated[list[str] | None, Query(description="Which series; may be repeated. All when left out.")] = None,
+    from_step: Annotated[int, Query(ge=0, le=2**62)] = 0,
+    to_step: Annotated[int | None, Query(ge=0, le=2**62)] = None,
+) -> SeriesPage:
+    """The metric series by step."""
+    job = owned(session, Job, job_id, tenant)
+    names = sorted(session.scalars(select(JobMetric.name).where(JobMetric.job_id == job.id).distinct()))
+    wanted = [entry for entry in names if name is None or entry in name]
+    query = select(JobMetric).where(JobMetric.job_id == job.id, JobMetric.name.in_(wanted), JobMetric.step >= from_step)
+    if to_step is not None:
+        query = query.where(JobMetric.step <= to_step)
+    points: dict[str, list[PointRead]] = {entry: [] for entry in wanted}
+    for metric in session.scalars(query.order_by(JobMetric.name, JobMetric.step)):
+        points[metric.name].append(PointRead.model_validate(metric))
+    return SeriesPage(data=[SeriesRead(name=entry, points=points[entry]) for entry in wanted], names=names)
+
+
+@router.get(
+    "/{job_id}/samples", response_model=SamplePage, responses=problems(Unauthorized, NotFound, NotReady, InvalidSpec)
+)
+def list_samples(
+    job_id: str,
+    session: SessionDep,
+    storage: StorageDep,
+    tenant: TenantDep,
+    decision: Annotated[Literal["selected", "rejected"] | None, Query()] = None,
+    label: Annotated[str | None, Query(max_length=200, description="Only rows the teacher gave this label.")] = None,
+    order: Annotated[ledger.Order, Query(description="`-` puts the largest first.")] = "row",
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[int, Query(ge=0, le=2**62, description="`next` of the page before this one.")] = 0,
+) -> SamplePage:
+    """Why every row was used or not: what the teacher said, the thresholds it met, how often it was selected."""
+    job = owned(session, Job, job_id, tenant)
+    labels = [entry["name"] for entry in job.label_set.labels]
+    try:
+        with storage.open(ledger.key(job.id)) as stream:
+            rows, has_more = ledger.page(
+                stream, labels, decision=decision, label=label, order=order, start=after, limit=limit
+            )
+    except FileNotFoundError:
+        raise NotReady("The ledger is written at the end of the first epoch; ask again later.") from None
+    return SamplePage(
+        data=[SampleRead.model_validate(row) for row in rows],
+        has_more=has_more,
+        next=str(after + limit) if has_more else None,
+    )

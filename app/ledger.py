@@ -1,0 +1,99 @@
+"""The samples ledger: one Parquet row for each train row, telling what the teacher said and why the row was used or not.
+
+Workers write it at the end of every epoch (`jobs/<id>/samples.parquet`); GET /jobs/{id}/samples reads it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("line", pa.int64()),
+        ("text", pa.string()),
+        ("text_pair", pa.string()),
+        ("label", pa.string()),
+        ("confidence", pa.float32()),
+        ("distribution", pa.list_(pa.float32())),
+        ("source", pa.string()),
+        ("offered", pa.int32()),
+        ("selected", pa.int32()),
+        ("decision", pa.string()),
+        ("reason", pa.string()),
+        ("teacher_threshold", pa.float32()),
+        ("student_threshold", pa.float32()),
+        ("student_uncertainty", pa.float32()),
+        ("influence", pa.float32()),
+        ("error", pa.string()),
+    ]
+)
+
+Order = Literal[
+    "row", "-row", "confidence", "-confidence", "student_uncertainty", "-student_uncertainty", "selected", "-selected",
+    "influence", "-influence",
+]  # fmt: skip
+"""What the rows may be ordered by; `-` puts the largest first. Rows without the value come last."""
+
+
+def key(job_id: str) -> str:
+    """Where a job's ledger lies in the storage."""
+    return f"jobs/{job_id}/samples.parquet"
+
+
+def page(
+    stream: BinaryIO,
+    labels: list[str],
+    *,
+    decision: str | None,
+    label: str | None,
+    order: Order,
+    start: int,
+    limit: int,
+) -> tuple[list[dict[str, Any]], bool]:
+    """`limit` rows from position `start` of the ordered, filtered ledger, and whether there are more."""
+    file = pq.ParquetFile(stream)
+    column = order.lstrip("-")
+    narrow = file.read(columns=sorted({"row", "decision", "label", column}))
+    mask = None
+    for name, wanted in (("decision", decision), ("label", label)):
+        if wanted is not None:
+            matches = pc.fill_null(pc.equal(narrow.column(name), wanted), False)
+            mask = matches if mask is None else pc.and_(mask, matches)
+    positions = pa.table({"position": pa.array(range(narrow.num_rows), pa.int64()), "value": narrow.column(column)})
+    if mask is not None:
+        positions = positions.filter(mask)
+    direction = "descending" if order.startswith("-") else "ascending"
+    # Equal values stay in row order, so that pages never overlap.
+    ordered = pc.sort_indices(
+        positions, sort_keys=[("value", direction, "at_end"), ("position", "ascending", "at_end")]
+    )
+    chosen = positions.column("position").take(ordered.slice(start, limit)).to_pylist()
+    rows = _take(file, chosen)
+    for row in rows:
+        distribution = row["distribution"]
+        row["distribution"] = None if distribution is None else dict(zip(labels, distribution, strict=True))
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[name] = None
+    return rows, start + limit < len(ordered)
+
+
+def _take(file: pq.ParquetFile, positions: list[int]) -> list[dict[str, Any]]:
+    """The rows at these positions, in this order, reading only the row groups that hold them."""
+    wanted = set(positions)
+    found: dict[int, dict[str, Any]] = {}
+    begin = 0
+    for group in range(file.num_row_groups):
+        end = begin + file.metadata.row_group(group).num_rows
+        inside = sorted(position for position in wanted if begin <= position < end)
+        if inside:
+            table = file.read_row_group(group).take([position - begin for position in inside])
+            found.update(zip(inside, table.to_pylist(), strict=True))
+        begin = end
+    return [found[position] for position in positions]

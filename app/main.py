@@ -1,0 +1,99 @@
+"""create_app(): the routers, the error handler, request ids, and nothing that computes."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app import errors
+from app.api import checkpoints, datasets, health, jobs
+from app.config import settings
+from app.models import new_id
+
+ROUTERS = [datasets.router, jobs.router, checkpoints.router, health.router]
+WEB = Path(__file__).parent / "web"
+REQUEST_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+
+REQUESTS = Counter("understudy_http_requests", "Requests answered.", ["method", "route", "status"])
+SECONDS = Histogram("understudy_http_seconds", "Seconds until the answer began.", ["method", "route"])
+
+log = structlog.get_logger()
+
+
+class RequestContext:
+    """Gives every request an id (the caller's own if it is well-formed), security headers, a log line and figures."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else new_id("req")
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = time.perf_counter()
+        started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.setdefault("x-content-type-options", "nosniff")
+                headers.setdefault("x-frame-options", "DENY")
+                headers.setdefault("referrer-policy", "no-referrer")
+                route = getattr(scope.get("route"), "path", "other")
+                elapsed = time.perf_counter() - began
+                REQUESTS.labels(scope["method"], route, message["status"]).inc()
+                SECONDS.labels(scope["method"], route).observe(elapsed)
+                log.info(
+                    "request", method=scope["method"], path=scope["path"], status=message["status"],
+                    milliseconds=round(elapsed * 1000, 1),
+                )  # fmt: skip
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, send_with_headers)
+            except Exception:
+                log.exception("unexpected_error", path=scope["path"])
+                if started:
+                    raise
+                await errors.unexpected_response(Request(scope))(scope, receive, send_with_headers)
+
+
+def create_app() -> FastAPI:
+    """The ASGI application."""
+    app = FastAPI(
+        title="Understudy",
+        summary="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
+        version="0.1.0",
+    )
+    for router in ROUTERS:
+        app.include_router(router)
+    errors.install(app)
+    app.mount("/web", StaticFiles(directory=WEB), name="web")
+
+    @app.get("/", include_in_schema=False)
+    def dashboard() -> FileResponse:
+        return FileResponse(
+            WEB / "index.html", headers={"Content-Security-Policy": "default-src 'self'; img-src 'self' data:"}
+        )
+
+    if origins := settings().cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(RequestContext)
+    return app

@@ -1,0 +1,146 @@
+"""The files a worker reads and leaves behind: dataset rows, the samples ledger, the checkpoint with its card."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from app import ledger, records
+from app.config import settings
+from app.models import Checkpoint, Dataset, Job, new_id
+from app.storage import Storage, sha256_of
+from workers.model_card import model_card
+from workers.teachers.teacher import Row
+from workers.training.distill import LEDGER_REASONS, Ledger
+from workers.training.encoders import Student, save_student
+
+LEDGER_GROUP_ROWS = 10_000
+
+
+def read_rows(files: Storage, dataset: Dataset, start: int, stop: int) -> list[Row]:
+    """Rows `start` to `stop` (exclusive) of a dataset, as a teacher wants them."""
+    with files.open(dataset.key) as stream:
+        entries = records.read_rows(stream, start, stop).to_pylist()
+    return [
+        Row(
+            entry["text"], entry["text_pair"], entry["label"], entry["confidence"],
+            dict(entry["distribution"]) if entry["distribution"] is not None else None,
+        )
+        for entry in entries
+    ]  # fmt: skip
+
+
+def read_table(files: Storage, dataset: Dataset) -> pa.Table:
+    """The texts, labels and line numbers of a whole dataset."""
+    with files.open(dataset.key) as stream:
+        return pq.read_table(stream, columns=["text", "text_pair", "label", "line"])
+
+
+def write_ledger(
+    files: Storage, job_id: str, rows: pa.Table, answers: pa.Table, happened: Ledger, labels: Sequence[str],
+    offered_rows: NDArray[np.int64],
+) -> None:  # fmt: skip
+    """Store the samples ledger as it stands: one row for each of the N train rows, as app.ledger.SCHEMA."""
+    count = rows.num_rows
+    probabilities = answers.column("probabilities").combine_chunks()
+    confidence = answers.column("confidence").to_numpy(zero_copy_only=False).astype(np.float32)
+    labeled = np.asarray(probabilities.is_valid())
+    names: list[str | None] = [None] * count
+    dense = np.asarray(probabilities.drop_null().flatten(), np.float32).reshape(-1, len(labels))
+    for row, best in zip(np.flatnonzero(labeled), dense.argmax(axis=1), strict=True):
+        names[row] = labels[best]
+    in_pool = np.zeros(count, bool)
+    in_pool[offered_rows] = True
+    reasons = happened.reason.astype(np.int64)
+    reasons[~in_pool] = LEDGER_REASONS.index("held_back")
+    reasons[~labeled] = LEDGER_REASONS.index("not_labeled")
+    columns: dict[str, Any] = {
+        "row": np.arange(count),
+        "line": rows.column("line"),
+        "text": rows.column("text"),
+        "text_pair": rows.column("text_pair"),
+        "label": pa.array(names, pa.string()),
+        "confidence": pa.array(confidence, pa.float32(), mask=~labeled),
+        "distribution": answers.column("probabilities"),
+        "source": answers.column("source"),
+        "offered": happened.offered,
+        "selected": happened.selected,
+        "decision": pa.array(np.where(happened.selected > 0, "selected", "rejected").tolist(), pa.string()),
+        "reason": pa.array(np.array(LEDGER_REASONS)[reasons].tolist(), pa.string()),
+        "error": answers.column("error"),
+        "influence": pa.nulls(count, pa.float32()),
+    }
+    for name, values in (
+        ("teacher_threshold", happened.teacher_threshold),
+        ("student_threshold", happened.student_threshold),
+        ("student_uncertainty", happened.uncertainty),
+    ):
+        columns[name] = pa.array(values, pa.float32(), mask=np.isnan(values))
+    table = pa.table({name: columns[name] for name in ledger.SCHEMA.names}).cast(ledger.SCHEMA)
+    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
+        path = Path(directory) / "samples.parquet"
+        pq.write_table(table, path, row_group_size=LEDGER_GROUP_ROWS, compression="zstd")
+        files.put(ledger.key(job_id), path)
+
+
+def publish_checkpoint(
+    files: Storage, job: Job, dataset: Dataset, student: Student, *, step: int, epoch: float, metrics: dict[str, Any],
+    evaluation: dict[str, Any], selection: dict[str, Any], teacher: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    """Pack the student as one tar and store it. The row that is returned is for the caller to add: file first.
+
+    The tar holds, at its top, model.safetensors, config.json, the tokenizer, README.md (the model card), metrics.json
+    and manifest.json with the SHA-256 of every other file.
+    """
+    checkpoint_id = new_id("ckpt")
+    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as place:
+        folder = Path(place) / "checkpoint"
+        folder.mkdir()
+        save_student(student, folder)
+        facts = {
+            "checkpoint_id": checkpoint_id, "job_id": job.id, "step": step, "epoch": epoch, "metrics": metrics,
+            "evaluation": evaluation, "selection": selection, "teacher": teacher, "spec": job.spec,
+            "dataset": {"id": dataset.id, "sha256": dataset.sha256, "rows": dataset.rows},
+        }  # fmt: skip
+        (folder / "metrics.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        (folder / "README.md").write_text(model_card(facts, student.source))
+        (folder / "manifest.json").write_text(json.dumps({"files": _digests(folder)}, indent=2) + "\n")
+        digests = _digests(folder)
+        packed = Path(place) / "checkpoint.tar"
+        _pack(folder, packed)
+        checkpoint = Checkpoint(
+            id=checkpoint_id, tenant=job.tenant, job_id=job.id, step=step, epoch=epoch, metrics=metrics,
+            bytes=packed.stat().st_size, sha256=sha256_of(packed), files=digests,
+        )  # fmt: skip
+        files.put(checkpoint.key, packed)
+    return checkpoint
+
+
+def _digests(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+    ]
+
+
+def _pack(folder: Path, target: Path) -> None:
+    """A tar that depends on the files alone: no owners, no times."""
+
+    def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        entry.mtime, entry.mode = 0, 0o644
+        return entry
+
+    with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name, filter=anonymous)

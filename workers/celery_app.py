@@ -1,0 +1,49 @@
+"""The workers' Celery application: which tasks there are, and how a worker process is set up and shut down."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+
+from app.config import settings
+from app.logs import configure_logging
+from app.queue import QUEUES, configure
+
+celery = Celery("understudy", broker=settings().redis_url, include=["workers.tasks"])
+configure(celery)
+celery.conf.update(
+    task_queues=None,
+    worker_prefetch_multiplier=1,
+    # Acknowledged when received: a training may run for days, and the lease, not the broker, brings it back.
+    task_acks_late=False,
+    worker_hijack_root_logger=False,
+    worker_enable_remote_control=False,
+    worker_send_task_events=False,
+    broker_connection_retry=True,
+    broker_connection_max_retries=None,
+)
+QUEUE_NAMES = sorted(set(QUEUES.values()))
+
+stopping = threading.Event()
+"""Set when this process was asked to stop: running work saves its state and gives its job back."""
+
+
+@worker_shutting_down.connect
+def _ask_to_stop(**_: Any) -> None:
+    stopping.set()
+
+
+@worker_ready.connect
+@worker_process_init.connect
+def _set_up(**_: Any) -> None:
+    configure_logging()
+
+
+def worker_name() -> str:
+    """Who holds a lease: host and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"

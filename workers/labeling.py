@@ -1,0 +1,222 @@
+"""Label a job's rows, shard by shard, beside any number of other workers: cache first, then the teacher.
+
+Answers enter the cache chunk by chunk, so a worker that dies loses at most the chunk it was busy with; the shard's
+file is written before its row says so.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import structlog
+
+from app import labels, lifecycle, pretrained
+from app.config import settings
+from app.db import session_scope
+from app.lifecycle import LeaseLost, WorkFailed
+from app.models import Dataset, Job, LabelSet, LabelShard
+from app.options import JobSpec, Label
+from app.storage import Storage, storage
+from workers.artifacts import read_rows
+from workers.reporter import Heartbeat
+from workers.teachers import TEACHERS
+from workers.teachers.teacher import Row, Teacher
+
+log = structlog.get_logger()
+
+CHUNK_ROWS = 128
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("probabilities", pa.list_(pa.float32())),
+        ("confidence", pa.float32()),
+        ("source", pa.string()),
+        ("tokens", pa.int32()),
+        ("error", pa.string()),
+    ]
+)
+
+
+def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
+    """Claim and label shards of the job until there is none left for this worker."""
+    while not stopping.is_set():
+        with session_scope() as session:
+            shard = lifecycle.claim_shard(session, job_id, worker)
+            if shard is None:
+                return
+            job = session.get_one(Job, job_id)
+            label_set = session.get_one(LabelSet, shard.label_set_id)
+            dataset = session.get_one(Dataset, shard.dataset_id)
+        try:
+            label_shard(job, label_set, dataset, shard, stopping)
+        except LeaseLost:
+            log.info("shard_lost", job_id=job_id, shard=shard.index)
+            return
+        except WorkFailed as failure:
+            with session_scope() as session:
+                lifecycle.fail(session, job_id, failure.code, failure.message)
+            return
+        except Exception as error:
+            log.exception("labeling_failed", job_id=job_id, shard=shard.index)
+            with session_scope() as session:
+                lifecycle.fail(session, job_id, "labeling_failed", f"{type(error).__name__}: {error}")
+            return
+
+
+def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelShard, stopping: threading.Event) -> None:
+    """Label one shard and record it. Raises LeaseLost when it is no longer this worker's."""
+    spec = JobSpec.model_validate(job.spec)
+    names = [Label.model_validate(entry) for entry in label_set.labels]
+    teacher = teacher_for(spec, names, label_set.fingerprint)
+
+    def renew() -> str | None:
+        with session_scope() as session:
+            lifecycle.renew_shard(session, job.id, shard)
+        return None
+
+    with Heartbeat(renew) as heartbeat:
+        rows = read_rows(storage(), dataset, shard.start, shard.stop)
+        began = time.perf_counter()
+        answers = _Answers(job.tenant, label_set.fingerprint, len(names), teacher)
+        for start in range(0, len(rows), CHUNK_ROWS):
+            if heartbeat.lost.is_set():
+                raise LeaseLost
+            if stopping.is_set():
+                with session_scope() as session:
+                    lifecycle.release_shard(session, shard)
+                raise LeaseLost
+            answers.add(rows[start : start + CHUNK_ROWS])
+        seconds = time.perf_counter() - began
+        _store(storage(), shard, answers.table(shard.start))
+        with session_scope() as session:
+            lifecycle.finish_shard(session, job.id, shard, {**answers.figures(), "seconds": round(seconds, 4)})
+            known = session.get_one(LabelSet, label_set.id, with_for_update=True)
+            known.confidence_method, known.report = teacher.confidence_method, teacher.report()
+
+
+_loaded: tuple[str, Teacher] | None = None
+
+
+def teacher_for(spec: JobSpec, names: list[Label], fingerprint: str) -> Teacher:
+    """The job's teacher; the last one stays loaded, as a worker labels many shards of a job in a row."""
+    global _loaded
+    if _loaded is not None and _loaded[0] == fingerprint:
+        return _loaded[1]
+    _loaded = None
+    source = None
+    if (model := getattr(spec.teacher, "model", None)) is not None:
+        source = pretrained.resolve(
+            model, purpose="encoder_teacher", roots=settings().model_roots, allow_hub=settings().allow_hub
+        )
+    teacher: Teacher = TEACHERS[spec.teacher.kind](spec.teacher, names, source)
+    _loaded = (fingerprint, teacher)
+    return teacher
+
+
+class _Answers:
+    """The answers to a shard's rows as they come in, from the cache or the teacher."""
+
+    def __init__(self, tenant: str, fingerprint: str, classes: int, teacher: Teacher) -> None:
+        self.tenant, self.fingerprint, self.classes, self.teacher = tenant, fingerprint, classes, teacher
+        self.probabilities: list[np.ndarray | None] = []
+        self.sources: list[str] = []
+        self.tokens: list[int] = []
+        self.errors: list[str | None] = []
+        self.tokens_saved = 0
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Answer a chunk of rows. What the teacher says is in the cache before this returns."""
+        if not self.teacher.cacheable:
+            labeled = self.teacher.label(list(rows))
+            for position in range(len(rows)):
+                error = labeled.errors.get(position)
+                self._append(None if error else labeled.probabilities[position], "dataset", 0, error)
+            return
+        hashes = [labels.text_hash(row.text, row.text_pair) for row in rows]
+        with session_scope() as session:
+            known = labels.look_up(session, self.tenant, self.fingerprint, hashes)
+        missing = {key: row for key, row in zip(hashes, rows, strict=True) if key not in known}
+        asked: dict[bytes, tuple[np.ndarray, int]] = {}
+        errors: dict[bytes, str] = {}
+        if missing:
+            labeled = self.teacher.label(list(missing.values()))
+            for position, key in enumerate(missing):
+                if position in labeled.errors:
+                    errors[key] = labeled.errors[position]
+                else:
+                    asked[key] = (labeled.probabilities[position], int(labeled.tokens[position]))
+            with session_scope() as session:
+                labels.remember(session, self.tenant, self.fingerprint, asked)
+        paid: set[bytes] = set()
+        for key in hashes:
+            if key in errors:
+                self._append(None, "teacher", 0, errors[key])
+            elif key in asked and key not in paid:
+                paid.add(key)
+                self._append(*asked[key][:1], "teacher", asked[key][1], None)
+            else:
+                probabilities, tokens = asked[key] if key in asked else known[key]
+                self.tokens_saved += tokens
+                self._append(probabilities, "cache", 0, None)
+
+    def _append(self, probabilities: np.ndarray | None, source: str, tokens: int, error: str | None) -> None:
+        self.probabilities.append(probabilities)
+        self.sources.append(source)
+        self.tokens.append(tokens)
+        self.errors.append(error)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "rows_from_cache": self.sources.count("cache"),
+            "rows_failed": sum(error is not None for error in self.errors),
+            "tokens": sum(self.tokens),
+            "tokens_saved": self.tokens_saved,
+        }
+
+    def table(self, start: int) -> pa.Table:
+        confidences = [None if entry is None else float(entry.max()) for entry in self.probabilities]
+        columns = {
+            "row": range(start, start + len(self.probabilities)),
+            "probabilities": [None if entry is None else entry.tolist() for entry in self.probabilities],
+            "confidence": confidences,
+            "source": self.sources,
+            "tokens": self.tokens,
+            "error": self.errors,
+        }
+        return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+
+
+def _store(files: Storage, shard: LabelShard, table: pa.Table) -> None:
+    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
+        path = Path(directory) / "part.parquet"
+        pq.write_table(table, path, compression="zstd")
+        files.put(shard.key, path)
+
+
+def read_labels(files: Storage, shards: Sequence[LabelShard], split: str, rows: int) -> pa.Table:
+    """Every answer for one split, in row order; rows beyond the budget have none. Columns as SCHEMA."""
+    parts = []
+    for shard in shards:
+        if shard.split == split and shard.status == "done":
+            with files.open(shard.key) as stream:
+                parts.append(pq.read_table(stream, schema=SCHEMA))
+    table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+    missing = np.setdiff1d(np.arange(rows), table.column("row").to_numpy())
+    if len(missing):
+        columns = {
+            "row": pa.array(missing, pa.int64()),
+            "error": pa.array(["beyond the labeling budget"] * len(missing), pa.string()),
+        }
+        nulls = {name: pa.nulls(len(missing), SCHEMA.field(name).type) for name in SCHEMA.names if name not in columns}
+        unlabeled = pa.table({**columns, **nulls}).select(SCHEMA.names).cast(SCHEMA)
+        table = pa.concat_tables([table, unlabeled]).sort_by("row")
+    return table

@@ -1,0 +1,119 @@
+"""The model card: what the student is, what it was taught from, how good it is, and how its rows were chosen."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from app.pretrained import Source
+
+
+def model_card(facts: dict[str, Any], source: Source) -> str:
+    """README.md of a checkpoint: the hub's YAML header, then the facts of metrics.json for people.
+
+    Label names and texts are the client's: they stand in code spans and tables with Markdown's signs escaped.
+    """
+    spec, evaluation, selection = facts["spec"], facts["evaluation"], facts["selection"]
+    test = (evaluation.get("test") or {}).get("student")
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["understudy", "knowledge-distillation", spec["method"]["kind"]],
+        base_model=source.name if source.kind == "hub" else None,
+        model_name=facts["checkpoint_id"] if test else None,
+        eval_results=_results(facts, test) if test else None,
+    )
+    lines = [
+        "---",
+        header.to_yaml().strip(),
+        "---",
+        "",
+        f"# {_plain(spec.get('name') or 'Student')} ({facts['checkpoint_id']})",
+        "",
+        f"A RoBERTa text classifier, distilled by Understudy with `{spec['method']['kind']}` from a"
+        f" `{spec['teacher']['kind']}` teacher. Start: `{source.name}` ({source.kind}).",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        'classify = pipeline("text-classification", model=".")  # this directory',
+        "```",
+        "",
+        "## Scores",
+        "",
+        "| set | model | rows | accuracy | 95 % interval | macro-F1 | 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+        *_score_rows(evaluation),
+        "",
+        _validation_sentence(evaluation),
+        "",
+        "## Which rows it was trained on",
+        "",
+        f"{selection['selected']:,} of {selection['seen']:,} rows seen were trained on"
+        f" ({selection['ratio']:.1%} of epochs x rows).",
+        "",
+        "| epoch | seen | selected | share |",
+        "|---|---|---|---|",
+        *(f"| {e['epoch']} | {e['seen']:,} | {e['selected']:,} | {e['ratio']:.1%} |" for e in selection["epochs"]),
+        "",
+        "## Where it comes from",
+        "",
+        f"- dataset `{facts['dataset']['id']}`, {facts['dataset']['rows']:,} rows, sha256 `{facts['dataset']['sha256']}`",
+        f"- job `{facts['job_id']}`, checkpoint of step {facts['step']} (epoch {facts['epoch']:g})",
+        f"- teacher: `{json.dumps(facts['teacher'], ensure_ascii=True)}`",
+        "",
+        "The job's spec:",
+        "",
+        "```json",
+        json.dumps(_without_examples(spec), indent=2, ensure_ascii=True).replace("```", "\\u0060\\u0060\\u0060"),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _results(facts: dict[str, Any], test: dict[str, Any]) -> list[EvalResult]:
+    dataset_id = facts["spec"]["test_dataset_id"]
+    return [
+        EvalResult("text-classification", dataset_id, dataset_id, name, test[name], dataset_split="test")
+        for name in ("accuracy", "macro_f1")
+    ]
+
+
+def _score_rows(evaluation: dict[str, Any]) -> list[str]:
+    rows = []
+    for split in ("validation", "test"):
+        for model in ("student", "teacher"):
+            scores = (evaluation.get(split) or {}).get(model)
+            if scores:
+                low, high = scores["accuracy_interval"]
+                f1_low, f1_high = scores["macro_f1_interval"]
+                rows.append(
+                    f"| {split} | {model} | {scores['rows']:,} | {scores['accuracy']:.4f} | {low:.4f} – {high:.4f}"
+                    f" | {scores['macro_f1']:.4f} | {f1_low:.4f} – {f1_high:.4f} |"
+                )
+    return rows
+
+
+def _validation_sentence(evaluation: dict[str, Any]) -> str:
+    if (evaluation.get("validation") or {}).get("source") == "held_back_pseudo_labels":
+        return (
+            "There was no validation set: the checkpoint was chosen on pseudo-labeled rows held back from training, so the"
+            " validation row tells agreement with the teacher, not accuracy."
+        )
+    return "The checkpoint was chosen on the validation set; the test set was looked at once, at the end."
+
+
+def _without_examples(spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec with the teacher's examples counted instead of listed: they may be long, and private."""
+    examples = spec["teacher"].get("examples")
+    if not examples:
+        return spec
+    return {**spec, "teacher": {**spec["teacher"], "examples": f"{len(examples)} examples"}}
+
+
+def _plain(text: str) -> str:
+    """Client text without Markdown's and HTML's signs."""
+    escaped = "".join(f"\\{sign}" if sign in "\\`*_{}[]()#+-!|" else sign for sign in " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

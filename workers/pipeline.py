@@ -1,0 +1,288 @@
+"""One training job from its labels to its checkpoint: build the student, distill, score, pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from app import labels as label_cache
+from app import lifecycle, pretrained
+from app.config import settings
+from app.db import session_scope
+from app.lifecycle import WorkFailed
+from app.models import Dataset, Job, LabelSet
+from app.options import JobSpec
+from app.storage import Storage, storage
+from workers import artifacts
+from workers.labeling import read_labels
+from workers.reporter import Reporter
+from workers.training import resume
+from workers.training.data import tokenise
+from workers.training.distill import HeldOut, Pool, Run, begin, distill
+from workers.training.encoders import Student, build_student
+from workers.training.evaluation import evaluate, predict_probabilities
+
+
+@dataclass
+class Material:
+    """Everything a training job reads, in memory."""
+
+    spec: JobSpec
+    labels: list[str]
+    datasets: dict[str, Dataset]
+    tables: dict[str, pa.Table]
+    """text, text_pair, label and line of each split's rows."""
+    answers: dict[str, pa.Table]
+    """What the teacher said about each labeled split."""
+    teacher_report: dict[str, Any]
+
+    def texts(self, split: str) -> list[str]:
+        return self.tables[split].column("text").to_pylist()
+
+    def pairs(self, split: str) -> list[str] | None:
+        if not self.datasets[split].has_text_pair:
+            return None
+        return [pair or "" for pair in self.tables[split].column("text_pair").to_pylist()]
+
+    def gold(self, split: str) -> list[str | None]:
+        return self.tables[split].column("label").to_pylist()
+
+    def probabilities(self, split: str) -> NDArray[np.float32]:
+        """(N, C) the teacher's distributions; NaN where it gave none."""
+        column = self.answers[split].column("probabilities").combine_chunks()
+        valid = np.asarray(column.is_valid())
+        dense = np.full((len(column), len(self.labels)), np.nan, np.float32)
+        dense[valid] = np.asarray(column.drop_null().flatten(), np.float32).reshape(-1, len(self.labels))
+        return dense
+
+
+def run_job(job: Job, report: Reporter) -> None:
+    """Train, score and publish. Raises WorkFailed with a reason, Stopped, or LeaseLost."""
+    files = storage()
+    material = gather(job, files)
+    pool_rows, validation_rows = choose_rows(material)
+    probabilities = material.probabilities("train")
+    _refuse_a_constant_teacher(material, probabilities)
+    student = _student(material)
+    _tell_parameters(student, report)
+    tokens = {split: _tokenise(student, material, split, report) for split in material.datasets}
+    pool = Pool(tokens["train"], torch.from_numpy(probabilities), pool_rows, barred_rows(material))
+    if "validation" in material.datasets:
+        held_out = HeldOut(tokens["validation"], validation_rows, _indices(material, "validation")[validation_rows])
+    else:
+        held_out = HeldOut(tokens["train"], validation_rows, probabilities[validation_rows].argmax(axis=1))
+        report.event(
+            "training.held_back",
+            f"There is no validation set, so {len(validation_rows)} pseudo-labeled rows are held back to choose the checkpoint.",
+            rows=len(validation_rows),
+        )
+    barred = int(pool.barred[pool_rows].sum())
+    if barred:
+        report.event(
+            "training.barred", level="warning", rows=barred,
+            message=f"{barred} train rows also stand in the validation or test set; they are seen but never trained on.",
+        )  # fmt: skip
+
+    run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels))
+    if resume.restore(run, files, job.id):
+        report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
+
+    def write_ledger(run: Run) -> None:
+        artifacts.write_ledger(
+            files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool_rows
+        )
+
+    distill(
+        run, pool, held_out, material.labels, material.spec.method, material.spec.training, report,
+        save=lambda run: resume.save(run, files, job.id),
+        save_every_seconds=settings().resume_every_seconds,
+        on_epoch=write_ledger,
+    )  # fmt: skip
+    report.selection(run.progress.selection())
+    evaluation = score(material, student, tokens, held_out, probabilities, barred, report)
+    _publish(job, files, material, run, evaluation, report)
+
+
+def gather(job: Job, files: Storage) -> Material:
+    """Read the datasets and the teacher's answers."""
+    with session_scope() as session:
+        label_set = session.get_one(LabelSet, job.label_set_id)
+        shards = list(label_set.shards)
+        ids = {"train": job.dataset_id, "validation": job.validation_dataset_id, "test": job.test_dataset_id}
+        datasets = {split: session.get_one(Dataset, id) for split, id in ids.items() if id is not None}
+    names = [label["name"] for label in label_set.labels]
+    scored = {shard.split for shard in shards}
+    return Material(
+        spec=JobSpec.model_validate(job.spec),
+        labels=names,
+        datasets=datasets,
+        tables={split: artifacts.read_table(files, dataset) for split, dataset in datasets.items()},
+        answers={split: read_labels(files, shards, split, datasets[split].rows) for split in scored},
+        teacher_report={"confidence_method": label_set.confidence_method, **label_set.report},
+    )
+
+
+def choose_rows(material: Material) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The train rows to offer, and the rows that choose the checkpoint: labeled validation rows, or train rows held back."""
+    labeled = np.flatnonzero(np.asarray(material.answers["train"].column("probabilities").is_valid()))
+    if "validation" in material.datasets:
+        return labeled, np.flatnonzero([name is not None for name in material.gold("validation")])
+    share = material.spec.training.validation_share
+    count = min(max(1, round(share * len(labeled))), max(0, len(labeled) - 1))
+    shuffled = np.random.Generator(np.random.PCG64(material.spec.training.seed)).permutation(labeled)
+    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+
+
+def barred_rows(material: Material) -> NDArray[np.bool_]:
+    """(N,) train rows whose text also stands in the validation or test set: a score on them would prove nothing."""
+    held_out = {
+        label_cache.text_hash(text, pair)
+        for split in material.datasets
+        if split != "train"
+        for text, pair in zip(
+            material.texts(split), material.tables[split].column("text_pair").to_pylist(), strict=True
+        )
+    }
+    train = zip(material.texts("train"), material.tables["train"].column("text_pair").to_pylist(), strict=True)
+    return np.array([bool(held_out) and label_cache.text_hash(text, pair) in held_out for text, pair in train], bool)
+
+
+def _refuse_a_constant_teacher(material: Material, probabilities: NDArray[np.float32]) -> None:
+    errors = [error for error in material.answers["train"].column("error").to_pylist() if error]
+    labeled = probabilities[~np.isnan(probabilities[:, 0])]
+    if len(labeled) < 2:
+        raise WorkFailed(
+            "nothing_labeled",
+            f"The teacher labeled {len(labeled)} rows. First reason: {errors[0] if errors else 'none given'}",
+        )
+    names = {material.labels[index] for index in labeled.argmax(axis=1)}
+    if len(names) == 1:
+        raise WorkFailed(
+            "teacher_constant",
+            f"The teacher gave every one of {len(labeled)} rows the label {names.pop()!r}; there is nothing to learn from. "
+            "Describe the labels more clearly, give examples, or choose another teacher.",
+        )  # fmt: skip
+
+
+def _student(material: Material) -> Student:
+    wish = material.spec.student
+    source = pretrained.resolve(
+        wish.model, purpose="student", roots=settings().model_roots, allow_hub=settings().allow_hub
+    )
+    student = build_student(
+        wish, material.labels, material.texts("train"), material.pairs("train"), source, material.spec.training.seed
+    )
+    student.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return student
+
+
+def _tell_parameters(student: Student, report: Reporter) -> None:
+    parameters = sum(parameter.numel() for parameter in student.model.parameters())
+    report.event(
+        "training.student", f"The student has {parameters:,} parameters in {student.model.config.num_hidden_layers} layers.",
+        parameters=parameters, layers=student.model.config.num_hidden_layers, source=student.source.kind,
+        device=str(student.model.device),
+    )  # fmt: skip
+
+
+def _tokenise(student: Student, material: Material, split: str, report: Reporter) -> Any:
+    return tokenise(
+        student.tokenizer, material.texts(split), material.pairs(split), progress=lambda done: report.check()
+    )
+
+
+def _indices(material: Material, split: str) -> NDArray[np.int64]:
+    """(N,) class of each row by its gold label; -1 for a label the job lacks, and for none."""
+    index = {name: position for position, name in enumerate(material.labels)}
+    return np.array([index.get(name or "", -1) for name in material.gold(split)], np.int64)
+
+
+def score(
+    material: Material, student: Student, tokens: dict[str, Any], held_out: HeldOut,
+    probabilities: NDArray[np.float32], barred: int, report: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Scores of the best student and of the teacher. The test set is looked at here and nowhere else."""
+    seed = material.spec.training.seed
+    splits = [split for split in ("validation", "test") if split in material.datasets]
+    report.phase("evaluating", sum(material.datasets[split].rows for split in splits) or len(held_out.rows))
+
+    def should_stop() -> bool:
+        report.check()
+        return False
+
+    evaluation: dict[str, Any] = {"validation": None, "test": None, "pseudo_labels": None, "barred_rows": barred}
+    done = 0
+    for split in splits:
+        gold = material.gold(split)
+        predicted = predict_probabilities(student.model, tokens[split], should_stop=should_stop)
+        evaluation[split] = {
+            "source": "dataset",
+            "student": evaluate(predicted, gold, material.labels, seed),
+            "teacher": None,
+        }
+        if split in material.answers:
+            teacher = torch.from_numpy(material.probabilities(split))
+            answered = ~teacher[:, 0].isnan()
+            known = [name if ok else None for name, ok in zip(gold, answered.tolist(), strict=True)]
+            if any(name is not None for name in known):
+                evaluation[split]["teacher"] = evaluate(teacher.nan_to_num(0.0), known, material.labels, seed)
+        done += material.datasets[split].rows
+        report.progress(done)
+    if "validation" not in splits:
+        predicted = predict_probabilities(student.model, held_out.tokens, held_out.rows, should_stop=should_stop)
+        names = [material.labels[index] for index in held_out.gold]
+        evaluation["validation"] = {
+            "source": "held_back_pseudo_labels", "student": evaluate(predicted, names, material.labels, seed), "teacher": None,
+        }  # fmt: skip
+    if material.spec.teacher.kind != "dataset" and material.datasets["train"].label_counts:
+        labeled = ~np.isnan(probabilities[:, 0])
+        known = [name if ok else None for name, ok in zip(material.gold("train"), labeled.tolist(), strict=True)]
+        if any(name is not None for name in known):
+            scores = evaluate(torch.from_numpy(np.nan_to_num(probabilities)), known, material.labels, seed)
+            evaluation["pseudo_labels"] = {name: scores[name] for name in ("rows", "accuracy", "macro_f1")}
+    return evaluation
+
+
+def _publish(
+    job: Job, files: Storage, material: Material, run: Run, evaluation: dict[str, Any], report: Reporter
+) -> None:
+    """Pack the checkpoint, then record it and the job's end in one transaction."""
+    report.phase("packaging", 1)
+    metrics = final_metrics(evaluation)
+    checkpoint = artifacts.publish_checkpoint(
+        files, job, material.datasets["train"], run.student, step=run.progress.best_step, epoch=run.progress.best_epoch,
+        metrics=metrics, evaluation=evaluation, selection=run.progress.selection(), teacher=material.teacher_report,
+    )  # fmt: skip
+    report.metrics(run.progress.step, float(run.progress.epoch), {**metrics, "training_seconds": run.progress.seconds})
+    report.progress(1)
+    report.flush()
+    try:
+        with report.write() as (session, held):
+            session.add(checkpoint)
+            held.evaluation, held.best_checkpoint_id = evaluation, checkpoint.id
+            lifecycle.advance_phase(session, held.id, "packaging", 1, finished=True)
+            lifecycle.emit(
+                session, held.id, "checkpoint.published", "The checkpoint can be downloaded.", metrics=metrics
+            )
+            lifecycle.finish(session, held)
+    except lifecycle.LeaseLost:
+        files.delete(checkpoint.key)
+        raise
+    files.delete(resume.key(job.id))
+
+
+def final_metrics(evaluation: dict[str, Any]) -> dict[str, float | None]:
+    """The final scores as single numbers: validation_ and test_ accuracy and macro_f1, and teacher_ likewise."""
+    values: dict[str, float | None] = {}
+    for split in ("validation", "test"):
+        for model, prefix in (("student", ""), ("teacher", "teacher_")):
+            scores = (evaluation.get(split) or {}).get(model)
+            if scores:
+                values[f"{prefix}{split}_accuracy"] = scores["accuracy"]
+                values[f"{prefix}{split}_macro_f1"] = scores["macro_f1"]
+    return values

@@ -1,0 +1,208 @@
+"""What a worker says about its job, written only while the job is this attempt's; and whether it should stop.
+
+No transaction is open while the model computes: every call opens one, writes, and closes it. A thread renews the lease
+and learns the job's status, so asking is free in the training loop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import structlog
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from app import lifecycle
+from app.config import settings
+from app.db import session_scope
+from app.lifecycle import LeaseLost
+from app.models import Job
+
+log = structlog.get_logger()
+
+RENEW_SECONDS = 2.0
+FLUSH_SECONDS = 2.0
+PATIENCE_SECONDS = 120.0
+"""How long a write waits for a database that is away."""
+
+
+class Stopped(Exception):
+    """The work was asked to stop: paused, cancelled, or the worker is shutting down. Save the state first."""
+
+
+class Report(Protocol):
+    """What training code needs of a reporter; MemoryReporter serves where there is no job."""
+
+    def phase(self, name: str, total: int) -> None: ...
+    def progress(self, done: int) -> None: ...
+    def metrics(self, step: int, epoch: float, values: dict[str, float | None]) -> None: ...
+    def selection(self, figures: dict[str, Any]) -> None: ...
+    def event(self, type: str, message: str, *, level: str = "info", **data: Any) -> None: ...
+    def flush(self) -> None: ...
+    def check(self) -> None: ...
+
+
+class MemoryReporter:
+    """A report kept in lists, for benchmarks, experiments and tests of a loop by itself."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[str, int, float, float | None]] = []
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.last_selection: dict[str, Any] = {}
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def progress(self, done: int) -> None: ...
+
+    def metrics(self, step: int, epoch: float, values: dict[str, float | None]) -> None:
+        self.points += [(name, step, epoch, value) for name, value in values.items()]
+
+    def selection(self, figures: dict[str, Any]) -> None:
+        self.last_selection = figures
+
+    def event(self, type: str, message: str, *, level: str = "info", **data: Any) -> None:
+        self.events.append((type, message, data))
+
+    def flush(self) -> None: ...
+
+    def check(self) -> None: ...
+
+
+class Heartbeat:
+    """Calls `renew` every couple of seconds from a thread of its own until the block ends.
+
+    `lost` is set once `renew` raises LeaseLost; a database that is away is asked again.
+    """
+
+    def __init__(self, renew: Callable[[], str | None]) -> None:
+        self.renew = renew
+        self.status = "running"
+        self.lost = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def _beat(self) -> None:
+        interval = min(RENEW_SECONDS, settings().lease_seconds / 3)
+        while not self._ended.wait(interval):
+            try:
+                self.status = self.renew() or "running"
+            except LeaseLost:
+                self.lost.set()
+                return
+            except OperationalError as error:
+                log.warning("lease_not_renewed", error=str(error.orig))
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+
+class Reporter:
+    """The report of one attempt at one job. Every write raises LeaseLost once the job is no longer this attempt's."""
+
+    def __init__(self, job_id: str, attempt: int, heartbeat: Heartbeat, stopping: threading.Event) -> None:
+        self.job_id, self.attempt = job_id, attempt
+        self._heartbeat, self._stopping = heartbeat, stopping
+        self._phase = "training"
+        self._done: int | None = None
+        self._points: list[tuple[int, float, dict[str, float | None]]] = []
+        self._selection: dict[str, Any] | None = None
+        self._flushed_at = time.monotonic()
+
+    @contextmanager
+    def write(self) -> Iterator[tuple[Session, Job]]:
+        """A transaction with the job's row locked. Raises LeaseLost."""
+        with session_scope() as session:
+            yield session, lifecycle.held(session, self.job_id, self.attempt)
+
+    def phase(self, name: str, total: int) -> None:
+        """Enter a phase that will do `total` rows."""
+        self.flush()
+
+        def enter(session: Session, job: Job) -> None:
+            if job.phase != name and job.phase is not None:
+                lifecycle.advance_phase(session, job.id, job.phase, self._total(session, job.phase), finished=True)
+            job.phase = name
+            lifecycle.start_phase(session, job.id, name, total)
+            lifecycle.emit(session, job.id, f"{name}.started", f"Phase {name} began.", total=total)
+
+        self._patiently(enter)
+        self._phase = name
+
+    def _total(self, session: Session, name: str) -> int:
+        from app.models import JobPhase
+
+        phase = session.get(JobPhase, (self.job_id, name))
+        return phase.total if phase is not None else 0
+
+    def progress(self, done: int) -> None:
+        """Note how many rows of the phase are done; written with the next flush."""
+        self._done = done
+        self._flush_if_due()
+
+    def metrics(self, step: int, epoch: float, values: dict[str, float | None]) -> None:
+        """Note points of several series; written with the next flush."""
+        self._points.append((step, epoch, values))
+        self._flush_if_due()
+
+    def selection(self, figures: dict[str, Any]) -> None:
+        """Note how many rows were seen and selected so far; written with the next flush."""
+        self._selection = figures
+
+    def event(self, type: str, message: str, *, level: str = "info", **data: Any) -> None:
+        """Record an event now."""
+        self._patiently(lambda session, job: lifecycle.emit(session, job.id, type, message, level=level, **data))
+
+    def _flush_if_due(self) -> None:
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was noted, all in one transaction."""
+        self._flushed_at = time.monotonic()
+        if not self._points and self._done is None and self._selection is None:
+            return
+
+        def record(session: Session, job: Job) -> None:
+            latest = dict(job.metrics)
+            for step, epoch, values in self._points:
+                lifecycle.record_metrics(session, job.id, step, epoch, values)
+                latest.update({name: value for name, value in values.items() if value is not None})
+                latest.update(step=step, epoch=epoch)
+            job.metrics = latest
+            if self._selection is not None:
+                job.selection = self._selection
+            if self._done is not None:
+                lifecycle.advance_phase(session, job.id, self._phase, self._done)
+
+        self._patiently(record)
+        self._points, self._done, self._selection = [], None, None
+
+    def _patiently(self, write: Callable[[Session, Job], None]) -> None:
+        """Do a write; a database that is away for a while is waited for, as the computed work is worth more."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                with self.write() as (session, job):
+                    write(session, job)
+                return
+            except OperationalError as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("database_away", error=str(error.orig))
+                time.sleep(1)
+
+    def check(self) -> None:
+        """Go on? Raises LeaseLost when the job is another's now, Stopped when the work should end."""
+        if self._heartbeat.lost.is_set():
+            raise LeaseLost
+        if self._heartbeat.status in ("pausing", "cancelling") or self._stopping.is_set():
+            raise Stopped(self._heartbeat.status)

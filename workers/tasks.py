@@ -1,0 +1,83 @@
+"""The two tasks: claim, call, record. A message carries a job's id and nothing else; sent twice it does no harm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from app import lifecycle, queue
+from app.db import session_scope
+from app.lifecycle import LeaseLost, WorkFailed
+from app.models import Job
+from workers.celery_app import celery, stopping, worker_name
+from workers.reporter import Heartbeat, Reporter, Stopped
+
+log = structlog.get_logger()
+
+
+@celery.task(name=queue.LABEL)
+def label(job_id: str) -> None:
+    """Label shards of the job until none is left."""
+    from workers.labeling import label_job
+
+    with structlog.contextvars.bound_contextvars(job_id=job_id, task="label"):
+        label_job(job_id, worker_name(), stopping)
+
+
+@celery.task(name=queue.TRAIN)
+def train(job_id: str) -> None:
+    """Train the job's student, unless another worker does."""
+    with structlog.contextvars.bound_contextvars(job_id=job_id, task="train"), claimed(job_id) as held:
+        if held is not None:
+            from workers.pipeline import run_job
+
+            run_job(*held)
+
+
+@contextmanager
+def claimed(job_id: str) -> Iterator[tuple[Job, Reporter] | None]:
+    """Hold the job for the block, and record how it ended; None when there is nothing to hold."""
+    with session_scope() as session:
+        job = lifecycle.claim(session, job_id, worker_name())
+        if job is not None:
+            session.expunge(job)
+    if job is None:
+        yield None
+        return
+    attempt = job.attempt
+
+    def renew() -> str:
+        with session_scope() as session:
+            return lifecycle.renew(session, job_id, attempt)
+
+    with Heartbeat(renew) as heartbeat:
+        try:
+            yield job, Reporter(job_id, attempt, heartbeat, stopping)
+        except LeaseLost:
+            log.info("lease_lost", attempt=attempt)
+        except Stopped:
+            with session_scope() as session:
+                lifecycle.stop(session, lifecycle.held(session, job_id, attempt))
+        except WorkFailed as failure:
+            with session_scope() as session:
+                lifecycle.fail(session, job_id, failure.code, failure.message, attempt=attempt)
+        except MemoryError as error:
+            _fail_of_memory(job_id, attempt, error)
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                _fail_of_memory(job_id, attempt, error)
+                return
+            log.exception("training_failed", attempt=attempt)
+            with session_scope() as session:
+                lifecycle.fail(session, job_id, "internal_error", f"{type(error).__name__}: {error}", attempt=attempt)
+
+
+def _fail_of_memory(job_id: str, attempt: int, error: BaseException) -> None:
+    log.error("out_of_memory", attempt=attempt, error=str(error))
+    message = (
+        "The worker ran out of memory; use a smaller training.batch_size or student.max_length, or a smaller student."
+    )
+    with session_scope() as session:
+        lifecycle.fail(session, job_id, "out_of_memory", message, attempt=attempt)

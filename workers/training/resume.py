@@ -1,0 +1,100 @@
+"""Save a run and restore it: one safetensors file, no pickle, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from app.config import settings
+from app.storage import Storage
+from workers.training.distill import EpochCount, Interval, Ledger, Progress, Run
+
+
+def key(job_id: str) -> str:
+    """Where a job's saved state lies in the storage."""
+    return f"jobs/{job_id}/resume/state.safetensors"
+
+
+def save(run: Run, files: Storage, job_id: str) -> None:
+    """Store everything the run would need to go on from here."""
+    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in run.student.model.state_dict().items()}
+    for name, tensor in (run.best_weights or {}).items():
+        tensors[f"best/{name}"] = tensor
+    for name, tensor in run.rule_state.items():
+        tensors[f"rule/{name}"] = tensor
+    for entry in fields(Ledger):
+        tensors[f"ledger/{entry.name}"] = torch.from_numpy(getattr(run.ledger, entry.name))
+    for index, state in run.optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            tensors[f"optimizer/{index}/{name}"] = value
+    tensors["random/torch"] = torch.get_rng_state()
+    tensors["random/rule"] = run.generator.get_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    version, python_state, gauss = random.getstate()
+    name_, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    facts = {
+        "progress": asdict(run.progress),
+        "python_random": [version, list(python_state), gauss],
+        "numpy_random": [name_, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
+        path = Path(directory) / "state.safetensors"
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            path,
+            {"facts": json.dumps(facts)},
+        )
+        files.put(key(job_id), path)
+
+
+def restore(run: Run, files: Storage, job_id: str) -> bool:
+    """Put a begun run where the saved one was. False, and nothing changed, when nothing was saved."""
+    if not files.exists(key(job_id)):
+        return False
+    with files.local_copy(key(job_id)) as path, safe_open(path, "pt") as state:
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name in state.keys():  # noqa: SIM118 - not a dict
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = state.get_tensor(name).clone()
+        facts = json.loads(state.metadata()["facts"])
+    run.student.model.load_state_dict(groups["model"])
+    run.best_weights = groups.get("best")
+    run.rule_state = groups.get("rule", {})
+    run.ledger = Ledger(**{name: tensor.numpy() for name, tensor in groups["ledger"].items()})
+    run.progress = _progress(facts["progress"])
+    optimizer = run.optimizer.state_dict()
+    optimizer["state"] = _by_parameter(groups.get("optimizer", {}))
+    run.optimizer.load_state_dict(optimizer)
+    torch.set_rng_state(groups["random"]["torch"])
+    run.generator.set_state(groups["random"]["rule"])
+    if "cuda" in groups["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(groups["random"]["cuda"])
+    version, python_state, gauss = facts["python_random"]
+    random.setstate((version, tuple(python_state), gauss))
+    name_, keys, position, has_gauss, cached = facts["numpy_random"]
+    np.random.set_state((name_, np.asarray(keys, np.uint32), position, has_gauss, cached))
+    return True
+
+
+def _progress(facts: dict[str, Any]) -> Progress:
+    counts = [EpochCount(**count) for count in facts.pop("counts")]
+    return Progress(**{**facts, "counts": counts, "interval": Interval(**facts["interval"])})
+
+
+def _by_parameter(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, entry = name.partition("/")
+        state.setdefault(int(index), {})[entry] = tensor
+    return state
