@@ -1,0 +1,392 @@
+"""The `understudy` command: the parts of the service, and a client that speaks HTTP only.
+
+Heavy modules are imported where they are needed, so that `understudy jobs` does not load a web server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from app.client import Client
+
+EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 2}
+INTERRUPTED = 130
+SPLIT_FIELDS = ("dataset_id", "validation_dataset_id", "test_dataset_id")
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class OneLineErrors(TyperGroup):
+    """Whatever a user can mend ends as a line on stderr and exit status 1, not as a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+        except Exception as error:
+            lines = explain(error)
+            if lines is None:
+                raise
+            for line in lines:
+                err.print(escape(line))
+            raise SystemExit(1) from None
+
+
+def explain(error: Exception) -> list[str] | None:
+    """What to tell the user; None for what only a programmer can mend."""
+    import tarfile
+
+    import httpx
+
+    from app.client import ApiError, DownloadDamaged
+
+    if isinstance(error, ApiError):
+        # A refusal with one error says it in `detail` already.
+        shown = error.errors[:20] if len(error.errors) > 1 or error.total_errors > 1 else []
+        lines = [f"error: {error.detail}" + (f" (request {error.request_id})" if error.status >= 500 else "")]
+        lines += [f"  {_place(fault)}{fault.get('message')}" for fault in shown]
+        more = error.total_errors - len(shown)
+        return lines + ([f"  … and {more} more"] if shown and more > 0 else [])
+    if isinstance(error, httpx.TransportError):
+        return [f"error: no answer from {error.request.url.copy_with(path='/')} ({error}); is the server running?"]
+    known: tuple[type[Exception], ...] = (Mistake, DownloadDamaged, tarfile.TarError, OSError)
+    if type(error).__module__ in ("app.up", "app.embedded") or isinstance(error, known):
+        return [f"error: {error}"]
+    if type(error).__module__.startswith("sqlalchemy.") and type(error).__name__ == "OperationalError":
+        return [f"error: the database does not answer ({str(error.__cause__).splitlines()[0]})"]
+    return None
+
+
+def _place(fault: dict[str, Any]) -> str:
+    if fault.get("line") is not None:
+        return f"line {fault['line']}: "
+    return f"{fault['pointer']}: " if fault.get("pointer") else ""
+
+
+class Mistake(Exception):
+    """The command line, or a file it names, cannot be used as it is."""
+
+
+app = typer.Typer(
+    cls=OneLineErrors, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    help="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
+)  # fmt: skip
+keys_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys (on the server's database).")
+app.add_typer(keys_app, name="keys")
+
+
+# --- the service ----------------------------------------------------------------------------------------------------
+
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Where the API listens; 0 takes a free port.")]
+Host = Annotated[str, typer.Option(help="The address the API listens on; 0.0.0.0 for every interface.")]
+
+
+@app.command()
+def up(
+    port: Port = 8000,
+    data_dir: Annotated[Path, typer.Option(help="Where everything is kept, also between runs.")] = Path("data"),
+    workers: Annotated[int, typer.Option(min=1, max=64, help="How many worker processes.")] = 1,
+    host: Host = "127.0.0.1",
+) -> None:
+    """Run the whole service here: PostgreSQL, Redis, migrations, API, workers, scheduler."""
+    from app.up import run
+
+    run(data_dir, host=host, port=port, workers=workers)
+
+
+@app.command()
+def api(port: Port = 8000, host: Host = "127.0.0.1") -> None:
+    """Run the API alone."""
+    import uvicorn
+
+    from app.logs import configure_logging
+
+    configure_logging()
+    # Event streams stay open for as long as a job runs; they must not hold up the end.
+    uvicorn.run(
+        "app.main:create_app", factory=True, host=host, port=port, access_log=False, timeout_graceful_shutdown=3,
+        server_header=False,
+    )  # fmt: skip
+
+
+class Queue(StrEnum):
+    LABEL = "label"
+    TRAIN = "train"
+    ALL = "all"
+
+
+@app.command()
+def worker(
+    queue: Annotated[Queue, typer.Option(help="Which work to take.")] = Queue.ALL,
+) -> None:
+    """Run one worker: one process that does one thing at a time."""
+    from app.queue import QUEUES
+
+    queues = ",".join(sorted(QUEUES.values())) if queue is Queue.ALL else queue.value
+    command = [
+        sys.executable, "-m", "celery", "-A", "workers.celery_app", "worker", "--pool", "solo", "--concurrency", "1",
+        "-Q", queues, "-n", f"{queue.value}-{os.getpid()}@%h", "--loglevel", "INFO",
+        "--without-gossip", "--without-mingle", "--without-heartbeat",
+    ]  # fmt: skip
+    os.execv(sys.executable, command)  # Celery takes over this process, so signals reach it directly
+
+
+@app.command()
+def scheduler() -> None:
+    """Run the scheduler, which sets going again what a lost worker or message left behind."""
+    from app.logs import configure_logging
+    from app.scheduler import run
+
+    configure_logging()
+    run()
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database to the newest schema."""
+    from app.migrate import upgrade
+
+    upgrade()
+
+
+@keys_app.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Argument(help="Whose data the key opens.")],
+    name: Annotated[str, typer.Option(help="What the key is for.")] = "made on the command line",
+    days: Annotated[int | None, typer.Option(min=1, help="How long it works; for ever when left out.")] = None,
+) -> None:
+    """Make a key and print it. It is shown this once."""
+    from app import keys
+    from app.db import session_scope
+
+    try:
+        with session_scope() as session:
+            row, key = keys.create(session, tenant, name, days=days)
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+    err.print(f"{row.id} for tenant {row.tenant}")
+    out.print(key, markup=False)
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """List the keys. The keys themselves are kept nowhere."""
+    from sqlalchemy import select
+
+    from app.db import session_scope
+    from app.models import ApiKey
+
+    table = Table("id", "tenant", "name", "made", "expires", "revoked")
+    with session_scope() as session:
+        for key in session.scalars(select(ApiKey).order_by(ApiKey.id)):
+            moments = (key.created_at, key.expires_at, key.revoked_at)
+            days = (f"{moment:%Y-%m-%d}" if moment else "" for moment in moments)
+            table.add_row(key.id, key.tenant, escape(key.name), *days)
+    out.print(table)
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys list` shows it.")]) -> None:
+    """End a key."""
+    from app import keys
+    from app.db import session_scope
+
+    with session_scope() as session:
+        revoked = keys.revoke(session, key_id)
+    if not revoked:
+        raise Mistake(f"there is no working key {key_id}")
+
+
+# --- the client -----------------------------------------------------------------------------------------------------
+
+Url = Annotated[str, typer.Option(envvar="UNDERSTUDY_URL", help="Where the API is.")]
+Key = Annotated[
+    str | None, typer.Option(envvar="UNDERSTUDY_API_KEY", help="The API key; else the one in ./data/api-key.")
+]
+HERE = "http://127.0.0.1:8000"
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+
+
+def _client(url: str, key: str | None) -> Client:
+    from app.client import Client
+
+    if key is None:
+        try:
+            key = Path("data/api-key").read_text().strip()
+        except FileNotFoundError:
+            raise Mistake("no API key: give --key, set UNDERSTUDY_API_KEY, or run where data/api-key is") from None
+    return Client(url, key)
+
+
+@app.command()
+def submit(
+    spec: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            metavar="[SPEC.json]",
+            help="The body of POST /jobs; a dataset may be named by id or by the path of a file to upload.",
+        ),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Unlabeled rows: a file, or an id.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Labeled rows that choose the checkpoint.")] = None,
+    test: Annotated[str | None, typer.Option(help="Labeled rows for the final scores.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A class: `name` or `name=description`; repeat it.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="embedding or dataset.")] = None,
+    method: Annotated[str | None, typer.Option(help="llkd, no_selection, random, …")] = None,
+    student: Annotated[str | None, typer.Option(help="all-MiniLM-L6-v2, scratch, or a model of the server.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
+    wait: Annotated[bool, typer.Option(help="Watch the job until it ends.")] = False,
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """Start a job, by a spec file, by options, or by a file with options on top. Prints its id."""
+    wish = _read_spec(spec)
+    folder = spec.parent if spec else Path()
+    for field, given in zip(SPLIT_FIELDS, (dataset, validation, test), strict=True):
+        if given is not None:
+            wish[field] = given if given.startswith("ds_") else str(Path(given).resolve())
+    if label:
+        wish["labels"] = [_label(entry) for entry in label]
+    for field, kind in (("teacher", teacher), ("method", method)):
+        if kind is not None:
+            wish[field] = {"kind": kind}
+    wish.setdefault("teacher", {"kind": "embedding"})
+    wish.setdefault("method", {"kind": "llkd"})
+    if student is not None:
+        wish["student"] = {**wish.get("student", {}), "model": student}
+    if epochs is not None:
+        wish["training"] = {**wish.get("training", {}), "epochs": epochs}
+    if name is not None:
+        wish["name"] = name
+    with _client(url, key) as client:
+        upload_files(client, wish, folder)
+        job = client.submit(wish)
+        for warning in job["warnings"]:
+            err.print(escape(f"warning: {warning['message']}"))
+        out.print(job["id"])
+        if wait:
+            raise typer.Exit(_watch(client, job["id"]))
+
+
+def upload_files(client: Client, spec: dict[str, Any], folder: Path) -> None:
+    """Replace every dataset of the spec that is a path, taken from `folder`, by the id of its upload."""
+    for field in SPLIT_FIELDS:
+        given = spec.get(field)
+        if given is None or given.startswith("ds_"):
+            continue
+        path = folder / given
+        if not path.is_file():
+            raise Mistake(f"{field}: there is no file {path}")
+        try:
+            stored = client.upload(path)
+        except ValueError as error:
+            raise Mistake(str(error)) from None
+        err.print(escape(f"uploaded {path.name}: {stored['rows']:,} rows, {stored['id']}"))
+        for warning in stored["warnings"]:
+            err.print(escape(f"warning: {path.name}: {warning['message']}"))
+        spec[field] = stored["id"]
+
+
+def _read_spec(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        spec = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Mistake(f"{path}: {error}") from None
+    if not isinstance(spec, dict):
+        raise Mistake(f"{path}: must be a JSON object")
+    return spec
+
+
+def _label(entry: str) -> dict[str, str]:
+    name, separator, description = entry.partition("=")
+    return {"name": name.strip(), "description": description.strip()} if separator else {"name": name.strip()}
+
+
+@app.command()
+def jobs(
+    status: Annotated[str | None, typer.Option(help="Only jobs of this status.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only jobs of this method.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, the newest.")] = 20,
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """List the jobs, newest first."""
+    from itertools import islice
+
+    from app.progress import training_note
+
+    filters = {name: value for name, value in (("status", status), ("method", method)) if value is not None}
+    table = Table("job", "name", "method", "status", "phase", "done", "", "made")
+    with _client(url, key) as client:
+        for job in islice(client.jobs(**filters), limit):
+            made = job["created_at"][:16].replace("T", " ")
+            table.add_row(
+                job["id"], escape(job["name"] or ""), job["method"], job["status"], job["phase"] or "",
+                f"{100 * job['progress']:.0f} %", training_note(job), made,
+            )  # fmt: skip
+    out.print(table)
+
+
+@app.command()
+def watch(job_id: JobId, url: Url = HERE, key: Key = None) -> None:
+    """Show a job's progress until it ends. Exit status: 0 succeeded, 1 failed, 2 cancelled."""
+    with _client(url, key) as client:
+        raise typer.Exit(_watch(client, job_id))
+
+
+def _watch(client: Client, job_id: str) -> int:
+    from app.progress import JobProgress, scores_table
+
+    try:
+        with JobProgress(err) as progress:
+            job = client.wait(job_id, progress.update)
+    except KeyboardInterrupt:
+        err.print(f"The job goes on; `understudy watch {job_id}` shows it again.")
+        raise
+    if job["error"]:
+        err.print(escape(f"error: {job['error']['message']} ({job['error']['code']})"))
+    if table := scores_table(job):
+        out.print(table)
+    return EXIT_CODES[job["status"]]
+
+
+@app.command()
+def download(
+    job_id: Annotated[str, typer.Argument(metavar="JOB", help="A job, for its best checkpoint, or a checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory for the model's files.")],
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """Download a checkpoint, check its SHA-256, and unpack it. Started again, it goes on where it broke off."""
+    from app.client import unpack
+    from app.progress import download_progress
+
+    archive = output / f"{job_id}.tar"
+    with _client(url, key) as client, download_progress(err) as update:
+        client.download(job_id, archive, update)
+    unpack(archive, output)
+    archive.unlink()
+    out.print(str(output), markup=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,273 @@
+"""The HTTP client: `Client(url, key)` with one method a call, which waits and tries again where that is safe.
+
+client = Client("http://127.0.0.1:8000", key)
+dataset = client.upload(Path("texts.jsonl"))
+job = client.wait(client.submit({"dataset_id": dataset["id"], …})["id"])
+client.download(job["id"], Path("checkpoint.tar"))
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import secrets
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+MEDIA_TYPES = {
+    ".jsonl": "application/x-ndjson",
+    ".ndjson": "application/x-ndjson",
+    ".csv": "text/csv",
+    ".tsv": "text/tab-separated-values",
+    ".parquet": "application/vnd.apache.parquet",
+}
+CHUNK_BYTES = 256 * 1024
+LONGEST_PAUSE = 30.0
+
+
+class ApiError(Exception):
+    """The server refused: the fields of its problem+json (RFC 9457)."""
+
+    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+        self.status = status
+        self.code: str = problem.get("code") or "error"
+        self.detail: str = problem.get("detail") or problem.get("title") or f"HTTP {status}"
+        self.errors: list[dict[str, Any]] = problem.get("errors") or []
+        self.total_errors: int = problem.get("total_errors") or len(self.errors)
+        self.request_id: str | None = problem.get("request_id")
+        super().__init__(self.detail)
+
+
+class DownloadDamaged(Exception):
+    """What arrived is not what the server has; the damaged copy was removed."""
+
+
+class Client:
+    """One server and one API key. Not for several threads at once."""
+
+    def __init__(self, url: str, key: str, *, timeout: float = 60.0, retries: int = 6) -> None:
+        """`timeout` is in seconds for each step of a call; `retries` counts tries after the first."""
+        self.url, self.retries = url.rstrip("/"), retries
+        self.http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=timeout,
+            # A proxy that the environment names must not get between a client and the server on its own machine.
+            trust_env=httpx.URL(self.url).host not in ("127.0.0.1", "localhost", "::1"),
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.http.close()
+
+    # --- datasets ---
+
+    def upload(self, path: Path, **options: Any) -> dict[str, Any]:
+        """Upload a JSONL, CSV, TSV or Parquet file, plain or `.gz`, without reading it into memory.
+
+        `options` are the query of POST /datasets: name, text_column, text_pair_column, label_column, on_error.
+        Raises ValueError for another kind of file, ApiError when the server refuses it.
+        """
+        gzipped = path.suffix == ".gz"
+        kind = Path(path.stem).suffix if gzipped else path.suffix
+        if kind not in MEDIA_TYPES:
+            raise ValueError(f"{path.name}: the name must end in {', '.join(MEDIA_TYPES)}, or one of these and .gz")
+        headers = {"Content-Type": MEDIA_TYPES[kind], "Idempotency-Key": secrets.token_hex(16)}
+        if gzipped:
+            headers["Content-Encoding"] = "gzip"
+        parameters = {"name": path.name, **{name: value for name, value in options.items() if value is not None}}
+
+        def content() -> Iterator[bytes]:
+            with path.open("rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    yield chunk
+
+        return self._json("POST", "/datasets", params=parameters, headers=headers, make_content=content)
+
+    def dataset(self, dataset_id: str) -> dict[str, Any]:
+        """One dataset."""
+        return self._json("GET", f"/datasets/{dataset_id}")
+
+    # --- jobs ---
+
+    def submit(self, spec: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        """Start a job, or with `dry_run` learn what it would need."""
+        if dry_run:
+            return self._json("POST", "/jobs", json=spec, params={"dry_run": "true"})
+        return self._json("POST", "/jobs", json=spec, headers={"Idempotency-Key": secrets.token_hex(16)})
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """One job."""
+        return self._json("GET", f"/jobs/{job_id}")
+
+    def jobs(self, **filters: str) -> Iterator[dict[str, Any]]:
+        """The jobs, newest first. Filters: status, method, `**{"metadata[team]": "support"}`."""
+        return self._pages("/jobs", filters)
+
+    def wait(
+        self, job_id: str, on_update: Callable[[dict[str, Any]], None] | None = None, *, every: float = 1.0
+    ) -> dict[str, Any]:
+        """The job once it has succeeded, failed or been cancelled; `on_update` sees it after every look."""
+        while True:
+            job = self.job(job_id)
+            if on_update is not None:
+                on_update(job)
+            if job["is_terminal"]:
+                return job
+            time.sleep(every)
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """End a job."""
+        return self._json("POST", f"/jobs/{job_id}/cancel")
+
+    def pause(self, job_id: str) -> dict[str, Any]:
+        """Hold a job."""
+        return self._json("POST", f"/jobs/{job_id}/pause")
+
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """Let a paused job go on."""
+        return self._json("POST", f"/jobs/{job_id}/resume")
+
+    def retry(self, job_id: str) -> dict[str, Any]:
+        """Try a failed or cancelled job again."""
+        return self._json("POST", f"/jobs/{job_id}/retry")
+
+    def events(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
+        """Every event of the job with a greater `seq`."""
+        return list(self._pages(f"/jobs/{job_id}/events", {"after": after, "limit": 100}))
+
+    def metrics(self, job_id: str, *names: str) -> dict[str, list[dict[str, Any]]]:
+        """The points of the job's series by name; all series when none is named."""
+        answer = self._json("GET", f"/jobs/{job_id}/metrics", params={"name": list(names)})
+        return {series["name"]: series["points"] for series in answer["data"]}
+
+    def samples(self, job_id: str, **filters: Any) -> Iterator[dict[str, Any]]:
+        """The ledger, row by row. Filters: decision, label, order."""
+        return self._pages(f"/jobs/{job_id}/samples", {"limit": 100, **filters})
+
+    # --- checkpoints ---
+
+    def checkpoint(self, checkpoint_id: str) -> dict[str, Any]:
+        """One checkpoint: scores, size, files."""
+        return self._json("GET", f"/checkpoints/{checkpoint_id}")
+
+    def download(self, id: str, path: Path, on_progress: Callable[[int, int], None] | None = None) -> Path:
+        """Save a checkpoint, or the best one of a job, as a tar at `path`; goes on where an earlier try broke off.
+
+        `on_progress` gets bytes done and in all. Raises ApiError, and DownloadDamaged when the SHA-256 is wrong.
+        """
+        address = f"/jobs/{id}/checkpoint" if id.startswith("job_") else f"/checkpoints/{id}/download"
+        head = self._request("HEAD", address).headers
+        etag, size, sha256 = head["etag"], int(head["content-length"]), _sha256(head["repr-digest"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{sha256[:16]}.partial")  # another checkpoint, another partial file
+        failures = 0
+        while (done := partial.stat().st_size if partial.exists() else 0) < size:
+            try:
+                self._fetch(address, partial, done, size, etag, on_progress)
+                failures = 0
+            except httpx.TransportError:
+                failures += 1
+                if failures > self.retries:
+                    raise
+                time.sleep(_pause(failures))
+        with partial.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                partial.unlink()
+                raise DownloadDamaged(f"{id}: the SHA-256 of the download is not {sha256}; try again")
+        partial.replace(path)
+        return path
+
+    def _fetch(
+        self, address: str, partial: Path, done: int, size: int, etag: str,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:  # fmt: skip
+        headers = {"Range": f"bytes={done}-", "If-Range": etag} if done else {}
+        with self.http.stream("GET", address, headers=headers) as answer:
+            if answer.is_error:
+                answer.read()
+                raise _error(answer)
+            with partial.open("ab" if answer.status_code == 206 else "wb") as stream:
+                for chunk in answer.iter_raw(CHUNK_BYTES):
+                    stream.write(chunk)
+                    if on_progress is not None:
+                        on_progress(stream.tell(), size)
+
+    # --- how a call is made ---
+
+    def _pages(self, address: str, parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        while True:
+            page = self._json("GET", address, params=parameters)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            parameters = {**parameters, "after": page["next"]}
+
+    def _json(self, method: str, address: str, **arguments: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._request(method, address, **arguments).json()
+        return answer
+
+    def _request(
+        self, method: str, address: str, *, make_content: Callable[[], Iterator[bytes]] | None = None, **arguments: Any
+    ) -> httpx.Response:
+        """Call, and call again after 429, 503, and a lost connection unless that could do the thing twice."""
+        repeatable = method in ("GET", "HEAD") or "Idempotency-Key" in (arguments.get("headers") or {})
+        failures = 0
+        while True:
+            failures += 1
+            last = failures > self.retries
+            try:
+                content = make_content() if make_content else None
+                answer = self.http.request(method, address, content=content, **arguments)
+            except httpx.TransportError as error:
+                if last or not (repeatable or isinstance(error, httpx.ConnectError)):
+                    raise
+                time.sleep(_pause(failures))
+                continue
+            if not answer.is_error:
+                return answer
+            refusal = _error(answer)
+            busy = answer.status_code in (429, 503) or refusal.code == "request_in_flight"
+            if last or not busy:
+                raise refusal
+            time.sleep(_pause(failures, answer.headers.get("retry-after")))
+
+
+def unpack(tar: Path, directory: Path) -> None:
+    """Unpack a checkpoint. Nothing can leave the directory: Python's `data` filter refuses such a tar.
+
+    Raises tarfile.TarError.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(tar) as archive:
+        archive.extractall(directory, filter="data")
+
+
+def _error(answer: httpx.Response) -> ApiError:
+    problem: Any = None
+    with contextlib.suppress(ValueError):
+        problem = answer.json()
+    return ApiError(answer.status_code, problem if isinstance(problem, dict) else {})
+
+
+def _pause(failures: int, retry_after: str | None = None) -> float:
+    """Seconds to wait: what the server says, else 0.25, 0.5, 1, … up to half a minute."""
+    wanted = float(retry_after) if retry_after and retry_after.isdigit() else 0.25 * 2 ** (failures - 1)
+    return min(wanted, LONGEST_PAUSE)
+
+
+def _sha256(repr_digest: str) -> str:
+    """The SHA-256 in hex out of a Repr-Digest header (RFC 9530): `sha-256=:<base64>:`."""
+    encoded = repr_digest.split("sha-256=:", 1)[1].split(":", 1)[0]
+    return base64.b64decode(encoded).hex()

@@ -1,0 +1,64 @@
+"""The scheduler: every few seconds it sets going again what a lost worker or a lost message has left behind.
+
+Any number of schedulers may run; a lock in the database lets one of them sweep at a time.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import NoReturn
+
+import structlog
+from kombu.exceptions import ChannelError
+from kombu.exceptions import OperationalError as BrokerError
+from redis.exceptions import RedisError
+from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import lifecycle
+from app.config import settings
+from app.db import session_scope
+from app.queue import QUEUES, producer
+
+SWEEP_LOCK = 0x73776565
+"""Of PostgreSQL's advisory locks; any number, the same in every scheduler."""
+
+log = structlog.get_logger()
+
+
+def run() -> NoReturn:
+    """Sweep until SIGTERM or Ctrl-C. A database or broker that is away is waited for."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    while True:
+        try:
+            if touched := sweep():
+                log.info("swept", jobs=touched)
+        except SQLAlchemyError as error:
+            log.warning("database_unreachable", error=str(error))
+        time.sleep(settings().sweep_seconds)
+
+
+def sweep() -> int:
+    """One sweep; how many jobs it set going again, 0 also when another scheduler is at it."""
+    idle = {task for task, queue in QUEUES.items() if is_empty(queue)}
+    with session_scope() as session:
+        if not session.scalar(select(func.pg_try_advisory_xact_lock(SWEEP_LOCK))):
+            return 0
+        return lifecycle.sweep(session, idle)
+
+
+def is_empty(queue: str) -> bool:
+    """Whether no message waits in a queue of the broker. A broker that cannot be asked may hold some."""
+    try:
+        with producer().connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, timeout=2)
+            with connection.channel() as channel:
+                return int(channel.queue_declare(queue, passive=True).message_count) == 0
+    except ChannelError:  # the broker does not know the queue: Redis forgets one as soon as it is empty
+        return True
+    except (BrokerError, RedisError, OSError) as error:
+        log.warning("broker_unreachable", queue=queue, error=str(error))
+        return False
