@@ -205,7 +205,7 @@ def distill(
     validation_macro_f1.
     """
     rule, model, progress = make_rule(method), run.student.model, run.progress
-    device = model.device
+    device, bf16 = model.device, training.precision == "bf16"
     rows_offered = len(pool.rows)
     steps_per_epoch = math.ceil(rows_offered / training.batch_size)
     total_steps = steps_per_epoch * training.epochs
@@ -232,7 +232,7 @@ def distill(
 
                 student_view = torch.full_like(teacher, 1.0 / len(labels))
                 if rule.needs_student and offered.any():
-                    student_view[offered] = predict_probabilities(model, pool.tokens, rows[offered.numpy()])
+                    student_view[offered] = predict_probabilities(model, pool.tokens, rows[offered.numpy()], bf16=bf16)
 
                 signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
                 selection, run.rule_state = rule.select(run.rule_state, signals)
@@ -242,7 +242,8 @@ def distill(
                     for group in run.optimizer.param_groups:
                         group["lr"] = rate
                     chosen = pool.tokens.batch(rows[selection.mask.numpy()])
-                    logits = model(**{name: tensor.to(device) for name, tensor in chosen.items()}).logits
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        logits = model(**{name: tensor.to(device) for name, tensor in chosen.items()}).logits.float()
                     loss = rule.loss(logits, teacher[selection.mask], selection)
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
