@@ -32,6 +32,8 @@ from app.queue import LABEL, TRAIN, enqueue_on_commit
 TERMINAL = ("succeeded", "failed", "cancelled")
 HELD = ("running", "pausing", "cancelling")
 """Statuses in which a worker may hold the job."""
+LABELED = ("queued", "running", "paused")
+"""Statuses in which a shard that was claimed may be finished: a pause, and the wait after it, waste no labels."""
 PHASE_WEIGHTS = {"labeling": 0.25, "training": 0.6, "evaluating": 0.1, "packaging": 0.05}
 LABEL_MESSAGES = 16
 """At most this many workers are called to a labeling at once; more join through the sweep."""
@@ -259,7 +261,7 @@ def retry(session: Session, job: Job) -> None:
     session.execute(
         update(LabelShard)
         .where(LabelShard.label_set_id == job.label_set_id, LabelShard.status == "claimed")
-        .values(status="pending", lease_expires_at=None)
+        .values(status="pending", lease_expires_at=None, lost_workers=0)
     )
     _requeue(session, job)
     emit(session, job.id, "job.retried", "Retried: waiting for a worker.")
@@ -320,13 +322,14 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
         _advance_if_labeled(session, job)
         return None
     if shard.status == "claimed":
+        shard.lost_workers += 1
         emit(
             session, job.id, "worker.lost",
             f"A worker was lost while it labeled rows {shard.start} to {shard.stop - 1}; they are labeled again.",
             level="warning", worker=shard.worker, attempt=shard.attempt,
         )  # fmt: skip
-    if shard.attempt >= settings().max_attempts:
-        reason = f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set cost {shard.attempt} workers their life; look at these rows."
+    if shard.lost_workers >= settings().max_attempts:
+        reason = f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set cost {shard.lost_workers} workers their life; look at these rows."
         _fail(session, job, "worker_lost", reason)
         return None
     shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
@@ -370,7 +373,7 @@ def renew_shard(session: Session, job_id: str, shard: LabelShard) -> None:
             LabelShard.index == shard.index,
             LabelShard.attempt == shard.attempt,
             LabelShard.status == "claimed",
-            select(Job.id).where(Job.id == job_id, Job.status.in_(("running", "paused"))).exists(),
+            select(Job.id).where(Job.id == job_id, Job.status.in_(LABELED)).exists(),
         )
         .values(lease_expires_at=_lease())
         .execution_options(synchronize_session=False)
@@ -397,7 +400,7 @@ def release_shard(session: Session, shard: LabelShard) -> None:
 def finish_shard(session: Session, job_id: str, shard: LabelShard, figures: dict[str, Any]) -> None:
     """Record that a shard's file is written. The last one sends the job on to training. Raises LeaseLost."""
     job = session.get(Job, job_id, with_for_update=True)
-    if job is None or job.status not in ("running", "paused"):
+    if job is None or job.status not in LABELED:
         raise LeaseLost
     finished = session.execute(
         update(LabelShard)
@@ -424,6 +427,16 @@ def finish_shard(session: Session, job_id: str, shard: LabelShard, figures: dict
     session.expire(job, ["event_seq"])
     if job.status == "running":
         _advance_if_labeled(session, job)
+
+
+def fail_shard(session: Session, job_id: str, shard: LabelShard, code: str, message: str) -> None:
+    """End the job for what happened to a shard, unless the shard has been given to another worker since."""
+    job = session.get(Job, job_id, with_for_update=True)
+    current = session.get(LabelShard, (shard.label_set_id, shard.index), populate_existing=True)
+    if job is None or current is None or (current.status, current.attempt) != ("claimed", shard.attempt):
+        return
+    if job.status in LABELED:
+        _fail(session, job, code, message)
 
 
 def _advance_if_labeled(session: Session, job: Job) -> None:
@@ -460,7 +473,9 @@ def claim(session: Session, job_id: str, worker: str) -> Job | None:
             Job.phase.in_(PHASES[1:]),
             or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
         )
-        .with_for_update(skip_locked=True)
+        # Waits for whoever writes the row just now: to skip it would waste the message, and the sweep sends the next
+        # one only after a while.
+        .with_for_update()
     ).one_or_none()
     if job is None:
         return None

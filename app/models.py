@@ -136,6 +136,7 @@ class LabelShard(Base):
     stop: Mapped[int] = mapped_column(BigInteger)
     status: Mapped[str] = mapped_column(String(16), default="pending")
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    lost_workers: Mapped[int] = mapped_column(Integer, default=0)
     lease_expires_at: Mapped[datetime | None]
     worker: Mapped[str | None] = mapped_column(String(200))
     rows_from_cache: Mapped[int] = mapped_column(BigInteger, default=0)

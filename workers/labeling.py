@@ -63,12 +63,12 @@ def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
             return
         except WorkFailed as failure:
             with session_scope() as session:
-                lifecycle.fail(session, job_id, failure.code, failure.message)
+                lifecycle.fail_shard(session, job_id, shard, failure.code, failure.message)
             return
         except Exception as error:
             log.exception("labeling_failed", job_id=job_id, shard=shard.index)
             with session_scope() as session:
-                lifecycle.fail(session, job_id, "labeling_failed", f"{type(error).__name__}: {error}")
+                lifecycle.fail_shard(session, job_id, shard, "labeling_failed", f"{type(error).__name__}: {error}")
             return
 
 

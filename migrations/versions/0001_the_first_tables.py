@@ -151,6 +151,7 @@ def upgrade() -> None:
         sa.Column("stop", sa.BigInteger(), nullable=False),
         sa.Column("status", sa.String(length=16), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("lost_workers", sa.Integer(), nullable=False),
         sa.Column("lease_expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("worker", sa.String(length=200), nullable=True),
         sa.Column("rows_from_cache", sa.BigInteger(), nullable=False),
