@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import random
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import text
 
-from app import keys
+from app import keys, lifecycle, preflight, records
+from app.config import settings
 from app.db import session_scope
+from app.models import Dataset, Job, LabelShard, new_id
+from app.options import JobSpec
+from app.storage import sha256_of, storage
 
 SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 
@@ -35,3 +45,121 @@ def wait_until(claim: Callable[[], bool], seconds: float = 10.0, what: str = "")
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s in vain{': ' + what if what else ''}")
         time.sleep(0.05)
+
+
+# --- own data -------------------------------------------------------------------------------------------------------
+
+WORDS = {
+    "cooking": "oven butter recipe flour onion simmer soup dough spice kitchen roast garlic".split(),
+    "sports": "goal match referee striker coach league stadium sprint penalty trophy tackle relay".split(),
+    "weather": "storm drizzle forecast humid thunder breeze frost sunshine hail cloudy blizzard fog".split(),
+}
+FILLER = "the a with very some near this before after quite".split()
+TOPICS = sorted(WORDS)
+
+
+def sentences(count: int, seed: int, *, labeled: bool = True) -> list[dict[str, Any]]:
+    """Rows about cooking, sports or weather, in turn; no two of them are equal, whatever the seeds."""
+    luck = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(count):
+        topic = TOPICS[number % len(TOPICS)]
+        words = [luck.choice(WORDS[topic]) if luck.random() < 0.6 else luck.choice(FILLER) for _ in range(6)]
+        row = {"text": f"{' '.join(words)} {luck.choice(WORDS[topic])} {seed} {number}"}
+        rows.append(row | {"label": topic} if labeled else row)
+    return rows
+
+
+def add_dataset(rows: list[dict[str, Any]], tenant: str = "alice", name: str = "rows") -> str:
+    """Store a dataset as an upload would; its id."""
+    dataset_id = new_id("ds")
+    with tempfile.TemporaryDirectory() as directory:
+        source, sink = Path(directory) / "rows.jsonl", Path(directory) / "rows.parquet"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = records.ingest(source, sink, format="jsonl")
+        dataset = Dataset(
+            id=dataset_id, tenant=tenant, name=name, rows=found.rows, bytes=source.stat().st_size,
+            sha256=sha256_of(source), columns=found.columns, label_counts=found.label_counts,
+            duplicates=found.duplicates, skipped=found.skipped, has_text_pair=found.has_text_pair,
+            warnings=list(found.warnings),
+        )  # fmt: skip
+        storage().put(dataset.key, sink)
+    with session_scope() as session:
+        session.add(dataset)
+    return dataset_id
+
+
+def tiny_spec(dataset_id: str, **changes: Any) -> dict[str, Any]:
+    """A job of a second or two: the dataset's own labels, a student from scratch with one layer of width 32."""
+    spec: dict[str, Any] = {
+        "dataset_id": dataset_id,
+        "teacher": {"kind": "dataset"},
+        "student": {"model": "scratch", "num_layers": 1, "hidden_size": 32, "vocab_size": 300, "max_length": 24},
+        "method": {"kind": "no_selection"},
+        "training": {"epochs": 1, "batch_size": 8, "learning_rate": 5e-3},
+    }
+    return spec | changes
+
+
+def submit(spec: dict[str, Any], tenant: str = "alice") -> str:
+    """Check and store a job as POST /jobs does; its id."""
+    with session_scope() as session:
+        plan = preflight.check(session, tenant, JobSpec.model_validate(spec), settings())
+        return lifecycle.submit(session, tenant, plan).id
+
+
+def label(job_id: str, worker: str = "labeler") -> None:
+    """Label the job's rows in this thread until no shard is left."""
+    from workers.labeling import label_job
+
+    label_job(job_id, worker, threading.Event())
+
+
+def run(job_id: str) -> Job:
+    """Label and train the job in this thread, as workers would; the job afterwards."""
+    from workers import tasks
+
+    label(job_id)
+    tasks.train(job_id)
+    return job_of(job_id)
+
+
+def job_of(job_id: str) -> Job:
+    """The job as it stands."""
+    with session_scope() as session:
+        return session.get_one(Job, job_id)
+
+
+def shards_of(job_id: str) -> list[LabelShard]:
+    """The job's shards as they stand."""
+    with session_scope() as session:
+        return list(session.get_one(Job, job_id).label_set.shards)
+
+
+def expire_leases() -> None:
+    """Let every lease have run out a second ago."""
+    with session_scope() as session:
+        for table in ("jobs", "label_shards"):
+            session.execute(
+                text(f"UPDATE {table} SET lease_expires_at = now() - interval '1 s' WHERE lease_expires_at IS NOT NULL")
+            )
+
+
+def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work(0)` to `work(count - 1)` return when they start at the same moment."""
+    gate = threading.Barrier(count)
+    results: list[Any] = [None] * count
+
+    def start(number: int) -> None:
+        gate.wait()
+        try:
+            results[number] = work(number)
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=start, args=[number]) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
