@@ -171,6 +171,8 @@ def test_cckd_t_reg_keeps_exactly_the_misclassified_rows_in_the_first_epoch() ->
     for teacher, student in random_batches():
         selection, _, _ = step(CCKDTReg(), {}, teacher, student, epoch=0)
         assert torch.equal(selection.mask, teacher.argmax(1) != student.argmax(1))
+    undecided_but_right = distributions([0.5, 0.5])
+    assert not step(CCKDTReg(), {}, undecided_but_right, undecided_but_right, epoch=0)[0].mask.any()
 
 
 def test_cckd_t_reg_equals_a_slow_version_of_itself() -> None:

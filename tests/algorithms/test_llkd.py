@@ -123,7 +123,9 @@ def test_a_class_never_seen_meets_the_unscaled_level() -> None:
 def test_rows_of_equal_confidence_and_uncertainty_all_tie_with_their_thresholds(confidence: float) -> None:
     row = [confidence, (1 - confidence) / 2, (1 - confidence) / 2]
     rule = LLKD(**PAPER, momentum=0.7)
-    selections, _ = walk(rule, [(distributions(*[row] * 7), distributions(*[[0.2, 0.3, 0.5]] * 7))] * 10)
+    selections, _ = walk(
+        rule, [(torch.tensor([row] * 7, dtype=torch.float64), distributions(*[[0.2, 0.3, 0.5]] * 7))] * 10
+    )
     assert all(selection.mask.all() for selection in selections)
 
 

@@ -145,3 +145,12 @@ def test_a_batch_of_one_row_is_legal(rule: Rule) -> None:
     selection, state, _ = step(rule, rule.initial(5), teacher, student)
     assert selection.weights.isfinite().all()
     assert all(value.isfinite().all() for value in state.values())
+
+
+@rules
+def test_a_batch_without_rows_is_legal_and_changes_nothing(rule: Rule) -> None:
+    _, state = walk(rule, random_batches(3))
+    nothing = torch.empty(0, 5)
+    selection, after, _ = step(rule, state, nothing, nothing)
+    assert selection.mask.shape == (0,)
+    assert all(torch.equal(after[key], state[key]) for key in state)

@@ -1,6 +1,7 @@
 """The losses of the methods: pure functions, one value per row, so that a rule decides how rows are weighed and averaged.
 
-Shapes: `logits` (S, C) of the student with gradient, `teacher` (S, C) distributions over the labels, results (S,) in nats.
+Shapes: `logits` (S, C) of the student with gradient, `teacher` (S, C) distributions over the labels, results (S,) in nats
+on the device of the logits; the teacher's may be another one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 def pseudo_label_loss(logits: Tensor, teacher: Tensor) -> Tensor:
     """CE(ŷ, S) against the teacher's most likely label."""
-    return functional.cross_entropy(logits, teacher.argmax(dim=-1), reduction="none")
+    return functional.cross_entropy(logits, teacher.argmax(dim=-1).to(logits.device), reduction="none")
 
 
 def soft_label_loss(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

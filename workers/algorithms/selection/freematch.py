@@ -46,6 +46,8 @@ class FreeMatch(Rule):
 
     def select(self, state: State, signals: Signals) -> tuple[Selection, State]:
         """Move the thresholds by the batch, then judge it; the class of a row is the student's own."""
+        if len(signals.student) == 0:
+            return super().select(state, signals)  # No rows have no mean; the averages stay.
         student = signals.student.double()
         confidence, predicted = student.max(dim=1)
         state = {

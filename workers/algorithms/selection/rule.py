@@ -95,9 +95,7 @@ class Rule:
 
         logits and teacher are (S, C), the selected rows in batch order; selection is the whole batch's.
         """
-        return losses.weighted_mean(
-            losses.pseudo_label_loss(logits, teacher.to(logits)), selected_weights(selection, logits)
-        )
+        return losses.weighted_mean(losses.pseudo_label_loss(logits, teacher), selected_weights(selection, logits))
 
     def thresholds(self, state: State) -> dict[str, Tensor]:
         """The present thresholds per class, (C,) each, under "teacher" and "student"; those the rule has."""

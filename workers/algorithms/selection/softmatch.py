@@ -51,6 +51,8 @@ class SoftMatch(Rule):
 
     def select(self, state: State, signals: Signals) -> tuple[Selection, State]:
         """Move the Gaussian by the batch, then weigh it."""
+        if len(signals.student) == 0:
+            return super().select(state, signals)  # No rows have no mean; the averages stay.
         student, state = self._aligned(state, signals.student.double())
         confidence = student.amax(dim=1)
         # One row has no variance; the old one stays.
