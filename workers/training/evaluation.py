@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -11,11 +11,62 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import RobertaForSequenceClassification
 
+from workers.algorithms import metrics
 from workers.training.data import Rows, Tokens, length_sorted_batches
+
+# A batch that fits in the second-level cache is fastest on a CPU (measured: docs/experiments.md); a GPU wants it full.
+TOKENS_PER_BATCH = {"cpu": 512, "cuda": 65_536}
 
 
 class PredictionStopped(Exception):
     """`should_stop` said so before the last batch."""
+
+
+class ClassScore(TypedDict):
+    """One class: its F1 and how many rows are of it."""
+
+    f1: float
+    support: int
+
+
+class Scores(TypedDict):
+    """What a set of predictions is worth; intervals are 95 % bootstrap intervals, (low, high)."""
+
+    rows: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    macro_f1_interval: tuple[float, float]
+    expected_calibration_error: float
+    per_class: dict[str, ClassScore]
+
+
+def evaluate(probabilities: Tensor, gold: Sequence[str | None], labels: Sequence[str], seed: int) -> Scores:
+    """Score (N, C) probabilities against the N true class names; equal to scikit-learn's scores on the names.
+
+    labels: the names of the C columns. Rows whose gold is None are left out. A gold name that the labels lack is a
+    class of its own: such a row is wrong, and the class counts with F1 = 0 in macro-F1. seed: of the bootstrap.
+
+    Raises ValueError if no row has a gold name.
+    """
+    known = [row for row, name in enumerate(gold) if name is not None]
+    if not known:
+        raise ValueError("no row has a true label, so there is nothing to score")
+    ids = {name: index for index, name in enumerate(labels)}
+    truth = torch.tensor([ids.setdefault(str(gold[row]), len(ids)) for row in known])
+    probabilities = probabilities[known]
+    predicted = probabilities.argmax(dim=1)
+    f1 = metrics.per_class_f1(truth, predicted, len(labels)).tolist()
+    support = truth.bincount(minlength=len(labels)).tolist()
+    return {
+        "rows": len(known),
+        "accuracy": metrics.accuracy(truth, predicted),
+        "accuracy_interval": metrics.bootstrap_interval(truth, predicted, "accuracy", seed=seed),
+        "macro_f1": metrics.macro_f1(truth, predicted),
+        "macro_f1_interval": metrics.bootstrap_interval(truth, predicted, "macro_f1", seed=seed),
+        "expected_calibration_error": metrics.expected_calibration_error(probabilities, truth),
+        "per_class": {name: {"f1": f1[index], "support": support[index]} for index, name in enumerate(labels)},
+    }
 
 
 def predict_probabilities(
@@ -23,14 +74,14 @@ def predict_probabilities(
     tokens: Tokens,
     rows: Tensor | NDArray[Any] | None = None,
     *,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     should_stop: Callable[[], bool] | None = None,
     bf16: bool = False,
 ) -> Tensor:
     """Class probabilities of N rows, without dropout and gradients: float32 on the CPU, shape (N, classes).
 
     rows: the row numbers wanted, shape (N,), and the order of the result; None: all. tokens_per_batch: padded tokens a
-    batch holds at most; halved as often as the device runs out of memory. should_stop: asked before each batch.
+    batch holds at most (None: what suits the device); halved as often as the device runs out of memory. should_stop: asked before each batch.
     bf16: compute in bfloat16 where autocast would; worth it on GPUs only.
 
     The model's training mode is as before when this returns or raises. Raises PredictionStopped.
@@ -39,12 +90,13 @@ def predict_probabilities(
     places = np.arange(len(wanted))  # duplicates in `rows` are rows of the result like any other
     lengths = tokens.lengths[wanted]
     device = model.device
+    budget = tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cuda"])
     probabilities = torch.empty(len(wanted), model.config.num_labels, device=device)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            pending = length_sorted_batches(lengths, places, tokens_per_batch)[::-1]
+            pending = length_sorted_batches(lengths, places, budget)[::-1]
             while pending:
                 if should_stop is not None and should_stop():
                     raise PredictionStopped
@@ -54,9 +106,9 @@ def predict_probabilities(
                 except torch.OutOfMemoryError:
                     if len(batch) == 1:
                         raise
-                    tokens_per_batch = max(1, tokens_per_batch // 2)
+                    budget = max(1, budget // 2)
                     rest = np.concatenate([batch, *reversed(pending)])
-                    pending = length_sorted_batches(lengths, rest, tokens_per_batch)[::-1]
+                    pending = length_sorted_batches(lengths, rest, budget)[::-1]
     finally:
         model.train(training)
     return probabilities.cpu()
