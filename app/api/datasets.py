@@ -1,0 +1,279 @@
+"""Datasets over HTTP: upload, look, delete."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials
+from sqlalchemy import event, exists, or_, select
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+
+from app import lifecycle, records
+from app.api.deps import (
+    IdempotencyDep,
+    PageDep,
+    SessionDep,
+    SettingsDep,
+    StorageDep,
+    TenantDep,
+    bearer,
+    current_tenant,
+    idempotent,
+    newest_first,
+    owned,
+    problems,
+    request_hash,
+)
+from app.api.schemas import PageRead, Read
+from app.api.uploads import CONTENT_TYPES, Upload, receive
+from app.config import Settings
+from app.db import session_scope
+from app.errors import (
+    BadRequest,
+    Conflict,
+    DatasetInUse,
+    InvalidRows,
+    NotFound,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    UnsupportedMedia,
+)
+from app.models import Dataset, Job, new_id, now
+from app.options import Text
+from app.storage import Storage
+
+router = APIRouter(prefix="/datasets", tags=["datasets"])
+
+NOBODY = ""
+"""The tenant of a deleted dataset whose row is kept for the jobs that learned from it; no key can have this name."""
+
+
+class WarningRead(Read):
+    code: str
+    message: str
+
+
+class DatasetRead(Read):
+    """A dataset as its owner sees it."""
+
+    id: str
+    name: str
+    rows: int
+    bytes: int
+    """Of the file as it was received."""
+    sha256: str
+    """Of the file as it was received, in hex."""
+    columns: list[str]
+    """Every column of the file, used or not."""
+    label_counts: dict[str, int]
+    """Rows per label; a label that only distributions name counts 0."""
+    duplicates: int
+    """Rows whose text and text_pair stood in an earlier row."""
+    skipped: int
+    """Bad rows left out with on_error=skip."""
+    has_text_pair: bool
+    warnings: list[WarningRead]
+    created_at: datetime
+
+
+class RowRead(Read):
+    row: int
+    """Position in the dataset, from 0."""
+    line: int
+    """Where it stood in the upload, from 1."""
+    text: str
+    text_pair: str | None
+    label: str | None
+    confidence: float | None
+    distribution: dict[str, float] | None
+
+
+class RowsPage(Read):
+    data: list[RowRead]
+    has_more: bool
+    next: int | None
+    """Send it as `after` for the next page."""
+
+
+def uploading_tenant(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
+    """The tenant, looked up in a transaction of its own: none may stay open while a file streams in."""
+    with session_scope() as session:
+        return current_tenant(session, credentials)
+
+
+ColumnName = Annotated[Text | None, Query(max_length=records.MAX_COLUMN_NAME_CHARACTERS)]
+
+
+@dataclass(frozen=True)
+class UploadOptions:
+    """The query of POST /datasets. A column named "" is left out, one not named is looked for under its usual names."""
+
+    name: Annotated[Text | None, Query(max_length=300, description="What to call it; the file's name by default.")] = (
+        None
+    )
+    text_column: ColumnName = None
+    text_pair_column: ColumnName = None
+    label_column: ColumnName = None
+    confidence_column: ColumnName = None
+    distribution_column: ColumnName = None
+    on_error: Annotated[
+        records.OnError, Query(description="What one bad row does: refuse the file, or be left out.")
+    ] = "reject"
+
+    def columns(self) -> records.Columns:
+        """The columns as the reader wants them."""
+        return records.Columns(
+            self.text_column, self.text_pair_column, self.label_column, self.confidence_column, self.distribution_column
+        )
+
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "string", "format": "binary"}},
+    "additionalProperties": False,
+}
+UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "JSONL, CSV, TSV or Parquet, plain or gzipped (told by the first bytes, whatever the name).",
+        "content": {"multipart/form-data": {"schema": FORM}, **dict.fromkeys(CONTENT_TYPES, BINARY)},
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=DatasetRead,
+    openapi_extra=UPLOAD_BODY,
+    responses=problems(BadRequest, Unauthorized, Conflict, TooLarge, UnsupportedMedia, InvalidRows, Unavailable),
+)
+async def create_dataset(
+    request: Request,
+    tenant: Annotated[str, Depends(uploading_tenant)],
+    storage: StorageDep,
+    settings: SettingsDep,
+    options: Annotated[UploadOptions, Depends()],
+    idempotency_key: IdempotencyDep = None,
+) -> Response:
+    """Upload a dataset. Every row is checked; one answer names all that is wrong, line by line."""
+    try:
+        with TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
+            path = Path(directory) / "upload"
+            upload = await receive(request, path, name=options.name, most_bytes=settings.max_upload_bytes)
+            return await run_in_threadpool(_store, request, tenant, storage, settings, options, upload, idempotency_key)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Unavailable("The server has no room for this upload just now; try again later.") from error
+        raise
+
+
+def _store(
+    request: Request, tenant: str, storage: Storage, settings: Settings, options: UploadOptions, upload: Upload,
+    idempotency_key: str | None,
+) -> Response:  # fmt: skip
+    limits = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
+    rows = upload.path.with_name("rows.parquet")
+    columns, on_error = options.columns(), options.on_error
+    found = records.ingest(upload.path, rows, format=upload.format, columns=columns, on_error=on_error, limits=limits)
+
+    dataset = Dataset(
+        id=new_id("ds"), tenant=tenant, name=options.name or _name_of(upload), rows=found.rows, bytes=upload.bytes,
+        sha256=upload.sha256, columns=found.columns, label_counts=found.label_counts, duplicates=found.duplicates,
+        skipped=found.skipped, has_text_pair=found.has_text_pair, warnings=list(found.warnings), created_at=now(),
+    )  # fmt: skip
+    added = False
+
+    def add() -> DatasetRead:
+        nonlocal added
+        added = True
+        session.add(dataset)
+        session.flush()
+        return DatasetRead.model_validate(dataset)
+
+    # File first, row second: a file without a row is harmless, a row without its file is not.
+    storage.put(dataset.key, rows)
+    try:
+        with session_scope() as session:
+            return idempotent(
+                session, request, tenant, idempotency_key, request_hash(upload.sha256, upload.format, vars(options)),
+                add, status=201, headers=lambda body: {"Location": f"/datasets/{body['id']}"},
+            )  # fmt: skip
+    finally:
+        if not added:
+            storage.delete(dataset.key)
+
+
+def _name_of(upload: Upload) -> str:
+    name = (upload.file_name or "").replace("\\", "/").rpartition("/")[2].replace("\x00", "").strip()
+    return name[:300] or f"dataset.{upload.format}"
+
+
+@router.get("", response_model=PageRead[DatasetRead], responses=problems(Unauthorized, Unprocessable))
+def list_datasets(session: SessionDep, tenant: TenantDep, page: PageDep) -> dict[str, Any]:
+    """The datasets, newest first."""
+    return newest_first(session, select(Dataset).where(Dataset.tenant == tenant), Dataset, page)
+
+
+@router.get("/{dataset_id}", response_model=DatasetRead, responses=problems(Unauthorized, NotFound))
+def read_dataset(dataset_id: str, session: SessionDep, tenant: TenantDep) -> Dataset:
+    """One dataset: rows, labels, warnings."""
+    return owned(session, Dataset, dataset_id, tenant)
+
+
+@router.get("/{dataset_id}/rows", response_model=RowsPage, responses=problems(Unauthorized, NotFound, Unprocessable))
+def list_rows(
+    dataset_id: str,
+    session: SessionDep,
+    storage: StorageDep,
+    tenant: TenantDep,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[int, Query(ge=-1, le=2**62, description="Only rows after this one.")] = -1,
+) -> dict[str, Any]:
+    """The rows as they were read."""
+    dataset = owned(session, Dataset, dataset_id, tenant)
+    start = after + 1
+    with storage.open(dataset.key) as stream:
+        entries = records.read_rows(stream, start, start + limit).to_pylist()
+    rows = [
+        {**entry, "row": row, "distribution": entry["distribution"] and dict(entry["distribution"])}
+        for row, entry in enumerate(entries, start)
+    ]
+    has_more = start + len(rows) < dataset.rows and bool(rows)
+    return {"data": rows, "has_more": has_more, "next": rows[-1]["row"] if has_more else None}
+
+
+@router.delete("/{dataset_id}", status_code=204, responses=problems(Unauthorized, NotFound, DatasetInUse))
+def delete_dataset(dataset_id: str, session: SessionDep, storage: StorageDep, tenant: TenantDep) -> None:
+    """Delete a dataset and its rows. A job that has not ended holds it: 409."""
+    # The lock that POST /jobs shares, so that no job can begin to use the dataset meanwhile.
+    session.execute(select(Dataset.id).where(Dataset.id == dataset_id.replace("\x00", "")).with_for_update())
+    dataset = owned(session, Dataset, dataset_id, tenant)
+    if _used(session, dataset, only_active=True):
+        raise DatasetInUse
+    if _used(session, dataset, only_active=False):
+        dataset.tenant = NOBODY
+    else:
+        session.delete(dataset)
+    event.listen(session, "after_commit", lambda _: storage.delete(dataset.key), once=True)
+
+
+def _used(session: Session, dataset: Dataset, *, only_active: bool) -> bool:
+    of_dataset = or_(
+        Job.dataset_id == dataset.id, Job.validation_dataset_id == dataset.id, Job.test_dataset_id == dataset.id
+    )
+    query = exists().where(of_dataset)
+    if only_active:
+        query = query.where(Job.status.not_in(lifecycle.TERMINAL))
+    return bool(session.scalar(select(query)))
