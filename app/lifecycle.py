@@ -138,7 +138,8 @@ def start_phase(session: Session, job_id: str, name: str, total: int) -> None:
     }
     statement = insert(JobPhase).values(values)
     # A phase that is entered again keeps its beginning.
-    session.execute(statement.on_conflict_do_update(index_elements=["job_id", "name"], set_={"total": total}))
+    again = {"total": total, "finished_at": None}
+    session.execute(statement.on_conflict_do_update(index_elements=["job_id", "name"], set_=again))
 
 
 def advance_phase(session: Session, job_id: str, name: str, done: int, *, finished: bool = False) -> None:
@@ -184,7 +185,8 @@ def submit(session: Session, tenant: str, plan: Plan) -> Job:
     session.add(JobPhase(job_id=job.id, name="labeling", position=0, total=rows, done=0))
     emit(session, job.id, "job.queued", "Job accepted.", rows=rows, shards=len(shards))
     for warning in plan.warnings:
-        emit(session, job.id, "job.warning", warning["message"], level="warning", **warning)
+        facts = {name: value for name, value in warning.items() if name != "message"}
+        emit(session, job.id, "job.warning", warning["message"], level="warning", **facts)
     enqueue_on_commit(session, LABEL, job.id, copies=min(len(shards), LABEL_MESSAGES))
     session.flush()
     session.refresh(job)

@@ -20,7 +20,7 @@ from app.options import JobSpec
 from app.storage import Storage, storage
 from workers import artifacts
 from workers.labeling import read_labels
-from workers.reporter import Reporter
+from workers.reporter import Reporter, Stopped
 from workers.training import resume
 from workers.training.data import tokenise
 from workers.training.distill import HeldOut, Pool, Run, begin, distill
@@ -52,6 +52,11 @@ class Material:
     def gold(self, split: str) -> list[str | None]:
         return self.tables[split].column("label").to_pylist()
 
+    def hashes(self, split: str) -> list[bytes]:
+        """What names each row's text, or pair."""
+        pairs = self.tables[split].column("text_pair").to_pylist()
+        return [label_cache.text_hash(text, pair) for text, pair in zip(self.texts(split), pairs, strict=True)]
+
     def probabilities(self, split: str) -> NDArray[np.float32]:
         """(N, C) the teacher's distributions; NaN where it gave none."""
         column = self.answers[split].column("probabilities").combine_chunks()
@@ -65,13 +70,15 @@ def run_job(job: Job, report: Reporter) -> None:
     """Train, score and publish. Raises WorkFailed with a reason, Stopped, or LeaseLost."""
     files = storage()
     material = gather(job, files)
-    pool_rows, validation_rows = choose_rows(material)
     probabilities = material.probabilities("train")
     _refuse_a_constant_teacher(material, probabilities)
+    all_barred = barred_rows(material)
+    pool_rows, validation_rows = choose_rows(material, all_barred)
+    _refuse_an_empty_split(material, pool_rows[~all_barred[pool_rows]], validation_rows)
     student = _student(material)
     _tell_parameters(student, report)
     tokens = {split: _tokenise(student, material, split, report) for split in material.datasets}
-    pool = Pool(tokens["train"], torch.from_numpy(probabilities), pool_rows, barred_rows(material))
+    pool = Pool(tokens["train"], torch.from_numpy(probabilities), pool_rows, all_barred)
     if "validation" in material.datasets:
         held_out = HeldOut(tokens["validation"], validation_rows, _indices(material, "validation")[validation_rows])
     else:
@@ -104,7 +111,11 @@ def run_job(job: Job, report: Reporter) -> None:
         on_epoch=write_ledger,
     )  # fmt: skip
     report.selection(run.progress.selection())
-    evaluation = score(material, student, tokens, held_out, probabilities, barred, report)
+    try:
+        evaluation = score(material, student, tokens, held_out, probabilities, barred, report)
+    except Stopped:
+        resume.save(run, files, job.id)
+        raise
     _publish(job, files, material, run, evaluation, report)
 
 
@@ -127,29 +138,29 @@ def gather(job: Job, files: Storage) -> Material:
     )
 
 
-def choose_rows(material: Material) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The train rows to offer, and the rows that choose the checkpoint: labeled validation rows, or train rows held back."""
+def choose_rows(material: Material, barred: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The train rows to offer, and the rows that choose the checkpoint: labeled validation rows, or train rows held back.
+
+    No text of the test set chooses the checkpoint, and no text that was held back is trained on.
+    """
     labeled = np.flatnonzero(np.asarray(material.answers["train"].column("probabilities").is_valid()))
     if "validation" in material.datasets:
-        return labeled, np.flatnonzero([name is not None for name in material.gold("validation")])
+        tested = set(material.hashes("test")) if "test" in material.datasets else set()
+        named = zip(material.gold("validation"), material.hashes("validation"), strict=True)
+        return labeled, np.flatnonzero([name is not None and key not in tested for name, key in named])
     share = material.spec.training.validation_share
     count = min(max(1, round(share * len(labeled))), max(0, len(labeled) - 1))
-    shuffled = np.random.Generator(np.random.PCG64(material.spec.training.seed)).permutation(labeled)
-    return np.sort(shuffled[count:]), np.sort(shuffled[:count])
+    random = np.random.Generator(np.random.PCG64(material.spec.training.seed))
+    hashes = material.hashes("train")
+    held_back = {hashes[row] for row in random.permutation(labeled[~barred[labeled]])[:count]}
+    is_held_back = np.array([hashes[row] in held_back for row in labeled], bool)
+    return labeled[~is_held_back], labeled[is_held_back]
 
 
 def barred_rows(material: Material) -> NDArray[np.bool_]:
     """(N,) train rows whose text also stands in the validation or test set: a score on them would prove nothing."""
-    held_out = {
-        label_cache.text_hash(text, pair)
-        for split in material.datasets
-        if split != "train"
-        for text, pair in zip(
-            material.texts(split), material.tables[split].column("text_pair").to_pylist(), strict=True
-        )
-    }
-    train = zip(material.texts("train"), material.tables["train"].column("text_pair").to_pylist(), strict=True)
-    return np.array([bool(held_out) and label_cache.text_hash(text, pair) in held_out for text, pair in train], bool)
+    held_out = {key for split in material.datasets if split != "train" for key in material.hashes(split)}
+    return np.array([key in held_out for key in material.hashes("train")], bool)
 
 
 def _refuse_a_constant_teacher(material: Material, probabilities: NDArray[np.float32]) -> None:
@@ -167,6 +178,20 @@ def _refuse_a_constant_teacher(material: Material, probabilities: NDArray[np.flo
             f"The teacher gave every one of {len(labeled)} rows the label {names.pop()!r}; there is nothing to learn from. "
             "Describe the labels more clearly, give examples, or choose another teacher.",
         )  # fmt: skip
+
+
+def _refuse_an_empty_split(material: Material, usable: NDArray[np.int64], validation: NDArray[np.int64]) -> None:
+    if len(usable) == 0:
+        raise WorkFailed(
+            "nothing_to_train_on",
+            "Every labeled train row also stands in the validation or test set, or repeats a row that is held back; "
+            "there is nothing left to train on.",
+        )
+    if len(validation) == 0:
+        raise WorkFailed(
+            "nothing_to_choose_by",
+            "No labeled row is left to choose the checkpoint by that does not also stand in the test set.",
+        )
 
 
 def _student(material: Material) -> Student:
@@ -258,7 +283,9 @@ def _publish(
         files, job, material.datasets["train"], run.student, step=run.progress.best_step, epoch=run.progress.best_epoch,
         metrics=metrics, evaluation=evaluation, selection=run.progress.selection(), teacher=material.teacher_report,
     )  # fmt: skip
-    report.metrics(run.progress.step, float(run.progress.epoch), {**metrics, "training_seconds": run.progress.seconds})
+    # At the step of the checkpoint they belong to: at the last step they would overwrite that epoch's own score.
+    report.metrics(run.progress.best_step, run.progress.best_epoch, metrics)
+    report.metrics(run.progress.step, float(run.progress.epoch), {"training_seconds": run.progress.seconds})
     report.progress(1)
     report.flush()
     try:

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import lifecycle
 from app.config import settings
 from app.db import session_scope
 from app.lifecycle import LeaseLost
-from app.models import Job
+from app.models import PHASES, Job, JobPhase
 
 log = structlog.get_logger()
 
@@ -93,8 +93,8 @@ class Heartbeat:
             except LeaseLost:
                 self.lost.set()
                 return
-            except OperationalError as error:
-                log.warning("lease_not_renewed", error=str(error.orig))
+            except SQLAlchemyError as error:
+                log.warning("lease_not_renewed", error=str(error))
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()
@@ -128,7 +128,8 @@ class Reporter:
         self.flush()
 
         def enter(session: Session, job: Job) -> None:
-            if job.phase != name and job.phase is not None:
+            # After a worker was lost in a later phase, the job goes back to training: what it left is not finished.
+            if job.phase is not None and PHASES.index(job.phase) < PHASES.index(name):
                 lifecycle.advance_phase(session, job.id, job.phase, self._total(session, job.phase), finished=True)
             job.phase = name
             lifecycle.start_phase(session, job.id, name, total)
@@ -138,8 +139,6 @@ class Reporter:
         self._phase = name
 
     def _total(self, session: Session, name: str) -> int:
-        from app.models import JobPhase
-
         phase = session.get(JobPhase, (self.job_id, name))
         return phase.total if phase is not None else 0
 

@@ -195,8 +195,8 @@ class SampleRead(Read):
     """The teacher's label."""
     confidence: float | None
     distribution: dict[str, float] | None
-    source: str
-    """Who gave the label: `teacher`, `cache` or `dataset`."""
+    source: str | None
+    """Who gave the label: `teacher`, `cache` or `dataset`; null where nobody was asked."""
     offered: int
     """How often the rule looked at the row."""
     selected: int

@@ -20,7 +20,7 @@ from torch import Tensor
 from app.options import Method, Training
 from workers.algorithms import metrics
 from workers.algorithms.selection import RULES
-from workers.algorithms.selection.rule import REASONS, Selection, Signals, State
+from workers.algorithms.selection.rule import REASONS, Selection, Signals, State, decide
 from workers.reporter import Report, Stopped
 from workers.training.data import Tokens
 from workers.training.encoders import Student
@@ -228,14 +228,17 @@ def distill(
                 batch = order[progress.position : progress.position + training.batch_size]
                 rows = batch[~pool.barred[batch]]
                 teacher = pool.teacher[rows]
-                offered, run.rule_state = rule.offer(run.rule_state, teacher, subset[rows])
+                selection = decide(torch.zeros(len(rows), dtype=torch.bool), rejected="outside_subset")
+                if len(rows):  # all may be barred, and the mean of nothing would spoil a rule's averages for good
+                    offered, run.rule_state = rule.offer(run.rule_state, teacher, subset[rows])
 
-                student_view = torch.full_like(teacher, 1.0 / len(labels))
-                if rule.needs_student and offered.any():
-                    student_view[offered] = predict_probabilities(model, pool.tokens, rows[offered.numpy()], bf16=bf16)
+                    student_view = torch.full_like(teacher, 1.0 / len(labels))
+                    if rule.needs_student and offered.any():
+                        asked = rows[offered.numpy()]
+                        student_view[offered] = predict_probabilities(model, pool.tokens, asked, bf16=bf16)
 
-                signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
-                selection, run.rule_state = rule.select(run.rule_state, signals)
+                    signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
+                    selection, run.rule_state = rule.select(run.rule_state, signals)
 
                 rate = learning_rate(progress.step, total_steps, training)
                 if selection.mask.any():
@@ -262,6 +265,7 @@ def distill(
                     _report_interval(report, progress, rule, run.rule_state, labels, rate, rows_offered)
                 if time.monotonic() - saved_at > save_every_seconds:
                     progress.seconds = seconds_before + time.monotonic() - began
+                    report.flush()
                     save(run)
                     saved_at = time.monotonic()
 
@@ -272,6 +276,8 @@ def distill(
             on_epoch(run)
     except (Stopped, PredictionStopped):
         progress.seconds = seconds_before + time.monotonic() - began
+        # A point before the saved step is never made again, so it must be on record before the step is.
+        report.flush()
         save(run)
         raise Stopped from None
     if run.best_weights is not None:
