@@ -6,6 +6,7 @@ weights move unchanged and the position table moves by pad_token_id + 1 rows.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -64,7 +65,8 @@ def build_student(
     Raises ModelUnresolvable if the source cannot become a student.
     """
     if source.kind == "scratch":
-        tokenizer = _train_tokenizer(chain(texts, pairs or ()), wish)
+        corpus = texts if pairs is None else chain.from_iterable(zip(texts, pairs, strict=True))
+        tokenizer = _train_tokenizer(corpus, wish)
         config, weights = _scratch_config(wish, tokenizer), None
     else:
         config, weights = _pretrained_encoder(source, wish.num_layers)
@@ -195,9 +197,8 @@ def _pretrained_tokenizer(source: Source, config: RobertaConfig, max_length: int
 
 def _train_tokenizer(texts: Iterable[str], wish: options.Student) -> RobertaTokenizer:
     """A byte-level BPE with RoBERTa's special tokens, learned from the first BPE_TEXTS texts."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=wish.vocab_size,
         special_tokens=SPECIAL_TOKENS,
@@ -205,8 +206,9 @@ def _train_tokenizer(texts: Iterable[str], wish: options.Student) -> RobertaToke
         show_progress=False,
     )
     bpe.train_from_iterator(islice(texts, BPE_TEXTS), trainer)
-    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return RobertaTokenizer(tokenizer_object=bpe, model_max_length=wish.max_length)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return RobertaTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=wish.max_length)
 
 
 def _scratch_config(wish: options.Student, tokenizer: RobertaTokenizer) -> RobertaConfig:
