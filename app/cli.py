@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 
 EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 2}
 INTERRUPTED = 130
+PIPE_WIDTH = 200
 SPLIT_FIELDS = ("dataset_id", "validation_dataset_id", "test_dataset_id")
 
-out = Console(highlight=False, soft_wrap=True)
+# Into a pipe a table may be as wide as it likes; only a terminal needs it folded.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -335,13 +337,14 @@ def jobs(
     from app.progress import training_note
 
     filters = {name: value for name, value in (("status", status), ("method", method)) if value is not None}
-    table = Table("job", "name", "method", "status", "phase", "done", "", "made")
+    table = Table("job", "status", "phase", "done", "method", "", "made", "name")
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     with _client(url, key) as client:
         for job in islice(client.jobs(**filters), limit):
             made = job["created_at"][:16].replace("T", " ")
             table.add_row(
-                job["id"], escape(job["name"] or ""), job["method"], job["status"], job["phase"] or "",
-                f"{100 * job['progress']:.0f} %", training_note(job), made,
+                job["id"], job["status"], job["phase"] or "", f"{100 * job['progress']:.0f} %", job["method"],
+                training_note(job), made, escape(job["name"] or ""),
             )  # fmt: skip
     out.print(table)
 

@@ -42,15 +42,16 @@ def main() -> int:
     OUTPUT.mkdir()
     console.rule("Understudy: from unlabeled text to a small classifier", align="left")
     with service() as url, Client(url, (OUTPUT / "data" / "api-key").read_text().strip()) as client:
-        console.print(f"[bold]1[/] The service runs at {url}; API and jobs can be seen there while this goes on.")
+        console.print(f"[bold]1[/] The service runs at {url}; open it to look on.")
         spec = json.loads((TICKETS / "spec.json").read_text())
         console.print(
             "[bold]2[/] Uploading 1,500 unlabeled support tickets, and labeled ones to validate and test with."
         )
         upload_files(client, spec, TICKETS)
         console.print(
-            f"[bold]3[/] A job: the teacher ({spec['teacher']['kind']}) labels the tickets by what {len(spec['labels'])} "
-            f"classes mean, and the student learns from the rows that {spec['method']['kind']} selects."
+            f"[bold]3[/] A job: a teacher that has seen {len(spec['teacher']['examples'])} examples of "
+            f"{len(spec['labels'])} classes labels the tickets, and a student learns from those that "
+            f"{spec['method']['kind']} selects."
         )
         job_id = client.submit(spec)["id"]
         with JobProgress(console) as progress:
@@ -123,6 +124,7 @@ def where_next() -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -84,7 +84,7 @@ def test_an_initdb_that_was_killed_is_begun_anew_also_where_the_path_is_too_long
 def test_redis_wants_the_password_and_listens_on_this_machine_alone(services: Embedded) -> None:
     with redis.Redis.from_url(services.redis_url) as broker:
         port = broker.connection_pool.connection_kwargs["port"]
-    with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+    with redis.Redis(port=port, retry=None) as stranger, pytest.raises(redis.AuthenticationError):
         stranger.ping()
     pid = services.children[1].pid
     addresses = {connection.laddr.ip for connection in psutil.Process(pid).net_connections() if connection.laddr}
