@@ -50,11 +50,11 @@ def wait_until(claim: Callable[[], bool], seconds: float = 10.0, what: str = "")
 # --- own data -------------------------------------------------------------------------------------------------------
 
 WORDS = {
-    "cooking": "oven butter recipe flour onion simmer soup dough spice kitchen roast garlic".split(),
-    "sports": "goal match referee striker coach league stadium sprint penalty trophy tackle relay".split(),
-    "weather": "storm drizzle forecast humid thunder breeze frost sunshine hail cloudy blizzard fog".split(),
+    "cooking": ["oven", "butter", "recipe", "flour", "onion", "simmer", "soup", "dough", "spice", "kitchen", "garlic"],
+    "sports": ["goal", "match", "referee", "striker", "coach", "league", "stadium", "sprint", "penalty", "trophy"],
+    "weather": ["storm", "drizzle", "forecast", "humid", "thunder", "breeze", "frost", "sunshine", "hail", "blizzard"],
 }
-FILLER = "the a with very some near this before after quite".split()
+FILLER = ["the", "a", "with", "very", "some", "near", "this", "before", "after", "quite"]
 TOPICS = sorted(WORDS)
 
 

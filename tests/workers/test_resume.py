@@ -1,0 +1,323 @@
+"""A training that is stopped, saved and restored ends bit for bit where an undisturbed one ends."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+from sqlalchemy import Engine, func, select
+
+from app import lifecycle, options, pretrained
+from app.config import settings
+from app.db import session_scope
+from app.lifecycle import LeaseLost
+from app.models import Checkpoint, Job, JobEvent, JobMetric
+from app.storage import Storage
+from tests.support import (
+    TOPICS,
+    add_dataset,
+    expire_leases,
+    job_of,
+    label,
+    sentences,
+    submit,
+    tiny_spec,
+)
+from workers import tasks
+from workers.reporter import MemoryReporter, Reporter, Stopped
+from workers.training import resume
+from workers.training.data import tokenise
+from workers.training.distill import HeldOut, Ledger, Pool, Run, begin, distill
+from workers.training.encoders import build_student
+
+ROWS = 40
+TRAINING = options.Training(epochs=2, batch_size=8, learning_rate=5e-3)
+WISH = options.Student(model="scratch", num_layers=1, hidden_size=32, vocab_size=300, max_length=24, dropout=0.2)
+CHECKS = 2 * (ROWS // 8 + 1)
+"""How often the loop asks whether to go on: before each step, and before each batch of the validation."""
+METHODS: list[options.Method] = [
+    TypeAdapter(options.Method).validate_python(method)
+    for method in (
+        {"kind": "llkd", "weighted": True, "warm_up_agreement": 0.1},
+        {"kind": "random", "ratio": 0.55},
+        {"kind": "softmatch"},
+    )
+]
+
+
+class Interrupted(MemoryReporter):
+    """Stops the work at its n-th question, counted from 1; None: never."""
+
+    def __init__(self, stop_at: int | None, error: type[Exception] = Stopped) -> None:
+        super().__init__()
+        self.stop_at, self.error, self.asked = stop_at, error, 0
+
+    def check(self) -> None:
+        self.asked += 1
+        if self.asked == self.stop_at:
+            raise self.error
+
+
+def fresh(method: options.Method) -> tuple[Run, Pool, HeldOut]:
+    """Everything a process needs to train, made anew."""
+    rows, held_out = sentences(ROWS, 1), sentences(15, 2)
+    texts = [row["text"] for row in rows]
+    source = pretrained.resolve("scratch", purpose="student", roots=[], allow_hub=False)
+    student = build_student(WISH, TOPICS, texts, None, source, seed=0)
+    teacher = torch.full((ROWS, 3), 0.0)
+    for number, row in enumerate(rows):
+        confidence = 0.5 + 0.4 * ((7 * number) % 11) / 10
+        teacher[number] = (1 - confidence) / 2
+        teacher[number, TOPICS.index(row["label"])] = confidence
+    barred = np.zeros(ROWS, bool)
+    barred[[4, 17]] = True
+    pool = Pool(tokenise(student.tokenizer, texts), teacher, np.arange(ROWS), barred)
+    validation = tokenise(student.tokenizer, [row["text"] for row in held_out])
+    gold = np.array([TOPICS.index(row["label"]) for row in held_out])
+    return begin(student, pool, method, TRAINING, 3), pool, HeldOut(validation, np.arange(15), gold)
+
+
+def train(method: options.Method, storage: Storage, name: str, stop_at: int | None = None) -> tuple[Run, Interrupted]:
+    """Begin or go on with the training of that name, in a process that has thrown dice before. Raises Stopped."""
+    run, pool, held_out = fresh(method)
+    if storage.exists(resume.key(name)):
+        torch.manual_seed(987)
+        random.seed(4)
+        np.random.seed(5)
+        run.generator.manual_seed(3)
+        assert resume.restore(run, storage, name)
+    report = Interrupted(stop_at)
+    try:
+        distill(
+            run, pool, held_out, TOPICS, method, TRAINING, report, save=lambda run: resume.save(run, storage, name)
+        )  # fmt: skip
+    except Stopped:
+        report.events.append(("stopped", "", {}))
+    return run, report
+
+
+def trace(run: Run, *reports: Interrupted) -> dict[str, Any]:
+    """All that a run leaves behind, bit for bit."""
+    points = {(name, step): (epoch, value) for report in reports for name, step, epoch, value in report.points}
+    return {
+        "weights": {name: tensor.numpy().tobytes() for name, tensor in run.student.model.state_dict().items()},
+        "ledger": {entry.name: getattr(run.ledger, entry.name).tobytes() for entry in fields(Ledger)},
+        "rule": {name: tensor.numpy().tobytes() for name, tensor in run.rule_state.items()},
+        "selection": run.progress.selection(),
+        "best": (run.progress.best_step, run.progress.best_score, run.progress.best_metrics),
+        "points": points,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
+def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_never_been(method: options.Method, storage: Storage) -> None:
+    undisturbed, report = train(method, storage, f"job_{method.kind}-undisturbed")
+    expected = trace(undisturbed, report)
+    assert report.asked == CHECKS
+    assert undisturbed.progress.selection()["selected"] > 0
+    for stop_at in range(1, CHECKS + 1, 1 if method.kind == "llkd" else 3):
+        name = f"job_{method.kind}-{stop_at}"
+        _, first = train(method, storage, name, stop_at)
+        assert first.events[-1][0] == "stopped"
+        resumed, second = train(method, storage, name)
+        got = trace(resumed, first, second)
+        for part in expected:
+            assert got[part] == expected[part], f"{part} differ after a stop at question {stop_at}"
+        assert second.asked == CHECKS - stop_at + 1, "no step is done twice"
+
+
+def test_a_run_that_is_stopped_at_every_step_ends_as_if_it_had_never_been(storage: Storage) -> None:
+    undisturbed, report = train(METHODS[0], storage, "job_once")
+    reports = []
+    for _ in range(3 * CHECKS):
+        run, part = train(METHODS[0], storage, "job_often", stop_at=2)
+        reports.append(part)
+        if part.events[-1][0] != "stopped":
+            break
+    assert len(reports) == CHECKS
+    assert trace(run, *reports) == trace(undisturbed, report)
+
+
+def test_the_random_state_that_dropout_draws_from_is_restored(storage: Storage) -> None:
+    """Without it the test above could not fail: another seed after the stop gives other weights."""
+    undisturbed, report = train(METHODS[2], storage, "job_dropout")
+    train(METHODS[2], storage, "job_other-dropout", stop_at=4)
+    run, pool, held_out = fresh(METHODS[2])
+    assert resume.restore(run, storage, "job_other-dropout")
+    torch.manual_seed(1)
+    again = Interrupted(None)
+    distill(run, pool, held_out, TOPICS, METHODS[2], TRAINING, again)
+    assert trace(run, again)["weights"] != trace(undisturbed, report)["weights"]
+
+
+def test_nothing_is_restored_where_nothing_was_saved(storage: Storage) -> None:
+    run, _, _ = fresh(METHODS[0])
+    before = trace(run)
+    assert not resume.restore(run, storage, "job_never-seen")
+    assert trace(run) == before
+
+
+def test_a_run_that_lost_its_lease_saves_nothing(storage: Storage) -> None:
+    run, pool, held_out = fresh(METHODS[0])
+    saved = []
+    with pytest.raises(LeaseLost):
+        distill(
+            run, pool, held_out, TOPICS, METHODS[0], TRAINING, Interrupted(4, LeaseLost), save=saved.append,
+            on_epoch=saved.append,
+        )  # fmt: skip
+    assert saved == []
+
+
+# --- the same with a job in the database ----------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, act: Any) -> None:
+    """Do something at the n-th question of whether to go on, once."""
+    asked = 0
+
+    def check(self: Reporter) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == at:
+            act(self)
+
+    monkeypatch.setattr(Reporter, "check", check)
+
+
+def pause(report: Reporter) -> None:
+    with session_scope() as session:
+        lifecycle.pause(session, session.get_one(Job, report.job_id))
+    raise Stopped
+
+
+def go_on(job_id: str) -> None:
+    with session_scope() as session:
+        lifecycle.resume(session, session.get_one(Job, job_id))
+    tasks.train(job_id)
+
+
+def outcome(job_id: str) -> dict[str, Any]:
+    with session_scope() as session:
+        job = session.get_one(Job, job_id)
+        checkpoint = session.get_one(Checkpoint, job.best_checkpoint_id)
+        metrics = session.scalars(select(JobMetric).where(JobMetric.job_id == job_id))
+        return {
+            "weights": next(file["sha256"] for file in checkpoint.files if file["name"] == "model.safetensors"),
+            "selection": job.selection,
+            "points": {
+                (point.name, point.step): (point.epoch, point.value)
+                for point in metrics
+                if point.name != "training_seconds"
+            },
+            "evaluation": job.evaluation,
+        }
+
+
+@pytest.fixture
+def spec(database: Engine) -> dict[str, Any]:
+    """A job of 6 + 6 steps, 2 validations and 2 evaluations, after 3 questions while texts are tokenised."""
+    return tiny_spec(
+        add_dataset(sentences(48, 1)), validation_dataset_id=add_dataset(sentences(12, 2)),
+        test_dataset_id=add_dataset(sentences(12, 3)), method={"kind": "llkd"},
+        training={"epochs": 2, "batch_size": 8, "learning_rate": 5e-3},
+    )  # fmt: skip
+
+
+def labeled(spec: dict[str, Any]) -> str:
+    job_id = submit(spec)
+    label(job_id)
+    return job_id
+
+
+def events(job_id: str, type: str) -> list[JobEvent]:
+    with session_scope() as session:
+        return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == type)))
+
+
+def test_a_job_paused_in_any_phase_and_resumed_ends_as_if_it_had_never_been(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = labeled(spec)
+    tasks.train(undisturbed)
+    expected = outcome(undisturbed)
+    # While texts are tokenised; in the first epoch; while it is scored; in the second; while the test set is scored.
+    for at, step in ((2, None), (7, 3), (10, 6), (14, 9), (19, 12)):
+        job_id = labeled(spec)
+        interrupt(monkeypatch, at, pause)
+        tasks.train(job_id)
+        paused = job_of(job_id)
+        assert (paused.status, paused.lease_expires_at, paused.best_checkpoint_id) == ("paused", None, None), at
+        go_on(job_id)
+        assert job_of(job_id).status == "succeeded", at
+        assert outcome(job_id) == expected, at
+        assert [event.data["step"] for event in events(job_id, "training.resumed")] == ([step] if step else []), at
+
+
+def test_the_saved_state_is_deleted_when_the_job_has_succeeded(
+    spec: dict[str, Any], storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = labeled(spec)
+    interrupt(monkeypatch, 8, pause)
+    tasks.train(job_id)
+    assert storage.exists(resume.key(job_id))
+    go_on(job_id)
+    assert not storage.exists(resume.key(job_id))
+
+
+def test_a_worker_whose_job_was_given_to_another_stops_and_writes_nothing(
+    spec: dict[str, Any], storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = labeled(spec)
+    after: dict[str, Any] = {}
+
+    def count() -> tuple[int, int]:
+        with session_scope() as session:
+            return (
+                session.scalar(select(func.count()).select_from(JobEvent).where(JobEvent.job_id == job_id)) or 0,
+                session.scalar(select(func.count()).select_from(JobMetric).where(JobMetric.job_id == job_id)) or 0,
+            )
+
+    def replaced(report: Reporter) -> None:
+        expire_leases()
+        with session_scope() as session:
+            assert lifecycle.claim(session, job_id, "heir") is not None
+        after["written"] = count()
+
+    interrupt(monkeypatch, 6, replaced)
+    tasks.train(job_id)
+    job = job_of(job_id)
+    assert (job.status, job.worker, job.attempt, job.best_checkpoint_id) == ("running", "heir", 2, None)
+    assert count() == after["written"]
+    assert not storage.exists(resume.key(job_id))
+    with session_scope() as session:
+        assert session.scalar(select(func.count()).select_from(Checkpoint)) == 0
+
+
+def test_a_job_whose_worker_died_goes_on_from_its_last_saved_step_and_ends_the_same(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = labeled(spec)
+    tasks.train(undisturbed)
+    monkeypatch.setattr(settings(), "resume_every_seconds", 1e-9)
+    job_id = labeled(spec)
+
+    class Killed(BaseException):
+        """What a SIGKILL looks like from inside: nothing is caught, nothing is written."""
+
+    def die(report: Reporter) -> None:
+        raise Killed
+
+    interrupt(monkeypatch, 9, die)
+    with pytest.raises(Killed):
+        tasks.train(job_id)
+    assert job_of(job_id).status == "running"
+    expire_leases()
+    tasks.train(job_id)
+    assert outcome(job_id) == outcome(undisturbed)
+    assert [event.data["step"] for event in events(job_id, "training.resumed")] == [5]
+    assert job_of(job_id).lost_workers == 1
