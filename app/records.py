@@ -27,6 +27,9 @@ import pyarrow.parquet as pq
 from app.errors import MAX_ERRORS, Fault, InvalidRows, TooLarge, Unprocessable, UnsupportedMedia
 from app.parquet_pages import UnsafePages, safe_batch_rows
 
+# Arrow's own allocator holds on to 20 MB more than malloc does over a large file.
+pa.set_memory_pool(pa.system_memory_pool())
+
 Format = Literal["jsonl", "csv", "tsv", "parquet"]
 OnError = Literal["reject", "skip"]
 
@@ -57,7 +60,7 @@ MAX_COLUMN_NAME_CHARACTERS = 200
 SUM_TOLERANCE = 1e-3
 
 GROUP_ROWS = 10_000
-GROUP_CHARACTERS = 4 * 1024 * 1024
+GROUP_CHARACTERS = 2 * 1024 * 1024
 READ_BYTES = 256 * 1024
 MAX_FOOTER_BYTES = 8 * 1024 * 1024
 HASHES_IN_MEMORY = 250_000
@@ -667,11 +670,12 @@ def _parquet(path: Path, roles: Roles, limits: Limits) -> Found:
         unpacked = 0
         with pq.ParquetFile(path, metadata=metadata, buffer_size=READ_BYTES, pre_buffer=False, **safe) as parquet:
             for batch in parquet.iter_batches(batch_rows, columns=names, use_threads=False):
-                unpacked += batch.nbytes
+                arrays = {name: _decoded(batch.column(name)) for name in names}
+                unpacked += sum(array.nbytes for array in arrays.values())
                 if unpacked > most_bytes:
                     raise TooLarge(f"The file unpacks to more than {most_bytes:,} bytes.")
                 nothing = [None] * batch.num_rows
-                columns = [nothing if name is None else _python_values(batch.column(name)) for name in roles.names]
+                columns = [nothing if name is None else _python_values(arrays[name]) for name in roles.names]
                 for values in zip(*columns, strict=True):
                     row += 1
                     yield row, values
@@ -723,9 +727,11 @@ def _is_struct_of_numbers(kind: pa.DataType) -> bool:
     )
 
 
+def _decoded(array: pa.Array) -> pa.Array:
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
 def _python_values(array: pa.Array) -> list[Any]:
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
     if pa.types.is_struct(array.type):
         # A struct has every field in every row; a null one is a label the row does not mention.
         return [
@@ -798,7 +804,9 @@ class TextHashes:
     def add(self, row: Row) -> None:
         """Remember a row's text, pair and label."""
         # Python's string hash is keyed afresh in every process: nobody can prepare collisions.
-        self.waiting.append((hash((row.text, row.text_pair)), 0 if row.label is None else hash(row.label) | 1))
+        # A row without a label has 0, below every label's hash, so that it never stands between two labels of a text.
+        label = 0 if row.label is None else hash(row.label) & (2**63 - 1) | 1
+        self.waiting.append((hash((row.text, row.text_pair)), label))
         self.rows += 1
         if len(self.waiting) >= GROUP_ROWS:
             self._flush()
