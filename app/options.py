@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, field_validator
 
 DEFAULT_STUDENT = "all-MiniLM-L6-v2"
 
@@ -63,7 +63,7 @@ class EmbeddingTeacher(Options):
     examples: Annotated[list[Example], Field(max_length=10_000)] = []
     """Few-shot examples. With at least two labels covered, a regularised linear head with calibrated confidence."""
     template: Annotated[Text, Field(max_length=500)] = "{label}"
-    """Zero-shot only: how a label is written before it is embedded; `{label}` is its description, or else its name."""
+    """How a label is written before it is embedded; `{label}` is its description, or else its name."""
     temperature: Annotated[float, Field(gt=0, le=10)] | None = None
     """Zero-shot only: softmax temperature on cosine similarities; null chooses 0.05."""
     score_held_out: bool = True
@@ -293,14 +293,3 @@ class JobSpec(Options):
         if len(value) == 1:
             raise ValueError("only one label; a classifier needs at least two")
         return value
-
-    @model_validator(mode="after")
-    def _examples_use_the_labels(self) -> JobSpec:
-        names = {label.name for label in self.labels}
-        examples = getattr(self.teacher, "examples", [])
-        unknown = sorted({example.label for example in examples} - names)
-        if unknown and names:
-            raise ValueError(
-                f"teacher.examples use labels that `labels` lacks: {', '.join(unknown[:5])}; add or correct them"
-            )
-        return self

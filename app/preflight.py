@@ -104,6 +104,7 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: _Faults) -> list[Label
                 "labels_missing",
                 f"name the classes: a teacher of kind {spec.teacher.kind!r} has to choose among them",
             )
+        _check_examples(spec, faults)
         return spec.labels
     if train is None:
         return spec.labels
@@ -118,19 +119,38 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: _Faults) -> list[Label
             faults.note(
                 "/dataset_id", "one_class_only", "the dataset holds only one label; a classifier needs at least two"
             )
-        return [Label(name=name) for name in sorted(train.label_counts)]
-    names = {label.name for label in spec.labels}
+        chosen = [Label(name=name) for name in sorted(train.label_counts)]
+    else:
+        chosen = spec.labels
+    classes = len(chosen)
+    if classes > 1 and spec.teacher.default_confidence <= 1 / classes:
+        faults.note(
+            "/teacher/default_confidence", "confidence_too_low",
+            f"with {classes} labels a confidence of {spec.teacher.default_confidence:g} makes another label the likeliest; use more than {1 / classes:.3g}",
+        )  # fmt: skip
+    names = {label.name for label in chosen}
     if not names & set(train.label_counts):
         faults.note(
             "/labels",
             "labels_unused",
             f"none of these stands in the dataset, whose labels are: {_some(train.label_counts)}",
         )
-    elif len(names & set(train.label_counts)) < 2:
+    elif spec.labels and len(names & set(train.label_counts)) < 2:
         faults.note(
             "/labels", "one_class_only", "only one of these stands in the dataset; a classifier needs at least two"
         )
-    return spec.labels
+    return chosen
+
+
+def _check_examples(spec: JobSpec, faults: _Faults) -> None:
+    names = {label.name for label in spec.labels}
+    for position, example in enumerate(getattr(spec.teacher, "examples", []) if names else []):
+        if example.label not in names:
+            faults.note(
+                f"/teacher/examples/{position}/label",
+                "unknown_label",
+                f"{example.label!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`",
+            )
 
 
 def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _Faults) -> list[dict[str, str]]:
@@ -141,7 +161,7 @@ def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _
         if dataset is None:
             continue
         where = f"/{SPLIT_FIELDS[split]}"
-        if not dataset.label_counts:
+        if not any(dataset.label_counts.values()):
             faults.note(
                 where,
                 f"{split}_without_labels",
@@ -178,6 +198,11 @@ def _check_models(spec: JobSpec, settings: Settings, faults: _Faults) -> str | N
         else:
             if pointer == "/teacher/model":
                 revision = source.revision
+            elif (layers := pretrained.layers_of(source)) and (spec.student.num_layers or 0) > layers:
+                faults.note(
+                    "/student/num_layers", "too_many_layers",
+                    f"{name!r} has {layers} layers; ask for at most that many, or leave num_layers out to keep all",
+                )  # fmt: skip
     return revision
 
 

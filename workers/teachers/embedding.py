@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import softmax  # type: ignore[import-untyped]
+from scipy.special import softmax
 from sentence_transformers import SentenceTransformer
 
 from app import options as spec
