@@ -55,6 +55,7 @@ class Client:
     def __init__(self, url: str, key: str, *, timeout: float = 60.0, retries: int = 6) -> None:
         """`timeout` is in seconds for each step of a call; `retries` counts tries after the first."""
         self.url, self.retries = url.rstrip("/"), retries
+        self._has_answered = False
         self.http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"},
@@ -221,7 +222,10 @@ class Client:
     def _request(
         self, method: str, address: str, *, make_content: Callable[[], Iterator[bytes]] | None = None, **arguments: Any
     ) -> httpx.Response:
-        """Call, and call again after 429, 503, and a lost connection unless that could do the thing twice."""
+        """Call, and call again after 429, 503, and a lost connection unless that could do the thing twice.
+
+        A server that has never answered is not waited for: its address is more likely wrong.
+        """
         repeatable = method in ("GET", "HEAD") or "Idempotency-Key" in (arguments.get("headers") or {})
         failures = 0
         while True:
@@ -231,10 +235,12 @@ class Client:
                 content = make_content() if make_content else None
                 answer = self.http.request(method, address, content=content, **arguments)
             except httpx.TransportError as error:
-                if last or not (repeatable or isinstance(error, httpx.ConnectError)):
+                unsent = isinstance(error, httpx.ConnectError)
+                if last or not (self._has_answered if unsent else repeatable):
                     raise
                 time.sleep(_pause(failures))
                 continue
+            self._has_answered = True
             if not answer.is_error:
                 return answer
             refusal = _error(answer)

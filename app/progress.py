@@ -92,11 +92,12 @@ def training_note(job: dict[str, Any]) -> str:
 def scores_table(job: dict[str, Any]) -> Table | None:
     """Teacher and student on the test set, or else the validation set; None for a job without scores."""
     evaluation = job["evaluation"] or {}
-    split = next((name for name in ("test", "validation") if name in evaluation), None)
+    split = next((name for name in ("test", "validation") if evaluation.get(name)), None)
     if split is None:
         return None
     scores = evaluation[split]
-    title = f"{split} set, {scores['student']['rows']} rows, in per cent"
+    what = f"{split} set" if scores["source"] == "dataset" else "pseudo-labeled rows held back"
+    title = f"{what}, {scores['student']['rows']} rows, in per cent"
     table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in ("", "accuracy", "macro-F1", "95 % interval of macro-F1"):
         table.add_column(heading, justify="right" if heading else "left")

@@ -18,6 +18,7 @@ import pytest
 
 from app import client as module
 from app.client import ApiError, Client, DownloadDamaged, unpack
+from app.embedded import free_port
 
 BODY = bytes(range(256)) * 4000
 Answer = Callable[[BaseHTTPRequestHandler, int], None]
@@ -199,6 +200,14 @@ def test_a_move_whose_connection_is_lost_is_not_made_twice(server: Server, clien
     with pytest.raises(httpx.TransportError):
         client.retry("job_1")
     assert len(server.seen) == 1
+
+
+def test_a_server_that_never_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    with Client(f"http://127.0.0.1:{free_port()}", "us_key") as client, pytest.raises(httpx.ConnectError):
+        client.job("job_1")
+    assert waited == []
 
 
 def test_a_refusal_carries_what_the_server_said(server: Server, client: Client) -> None:

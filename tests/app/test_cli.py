@@ -1,0 +1,209 @@
+"""The command line, on one `understudy up` that is started, used, hurt, stopped, and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from app.embedded import free_port
+from tests.support import sentences, tiny_spec, wait_until
+
+UNDERSTUDY = [sys.executable, "-m", "app.cli"]
+
+
+class Service:
+    """`understudy up` in a child process."""
+
+    def __init__(self) -> None:
+        # Not pytest's tmp_path: PostgreSQL, which root must run as another user, could not get into it.
+        self.directory = Path(tempfile.mkdtemp(prefix="understudy-cli-"))
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[str]
+
+    def start(self) -> None:
+        command = [*UNDERSTUDY, "up", "--port", str(self.port), "--data-dir", str(self.directory)]
+        with (self.directory / "stderr").open("a") as errors:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"ready {self.url}\n", self.errors
+
+    @property
+    def errors(self) -> str:
+        return (self.directory / "stderr").read_text()
+
+    @property
+    def children(self) -> dict[str, psutil.Process]:
+        kinds = {
+            "postgres": "postgres",
+            "redis-server": "redis",
+            "api": "api",
+            "scheduler": "scheduler",
+            "celery": "worker",
+        }
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                words = [Path(word).name for word in child.cmdline()]
+                found.update({kind: child for word, kind in kinds.items() if word in words})
+        return found
+
+    def run(self, *arguments: str, key: str | None = None) -> subprocess.CompletedProcess[str]:
+        """A client command against the service."""
+        key = key or (self.directory / "api-key").read_text().strip()
+        environment = {**os.environ, "UNDERSTUDY_URL": self.url, "UNDERSTUDY_API_KEY": key}
+        return subprocess.run(
+            [*UNDERSTUDY, *arguments], env=environment, cwd=self.directory, capture_output=True, text=True, timeout=120
+        )
+
+
+def is_ready(service: Service) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{service.url}/readyz").status_code == 200
+    return False
+
+
+def processes(service: Service) -> list[psutil.Process]:
+    return psutil.Process(service.process.pid).children(recursive=True)
+
+
+def all_gone(children: list[psutil.Process]) -> bool:
+    return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    service = Service()
+    try:
+        service.start()
+        yield service
+    finally:
+        service.process.kill()
+        shutil.rmtree(service.directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def job_id(service: Service) -> str:
+    """A job that was submitted with its files by `submit --wait` and has succeeded."""
+    for name, rows in (("rows", sentences(48, 1)), ("validation", sentences(12, 2))):
+        (service.directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = tiny_spec("rows.jsonl") | {"name": "from a file"}
+    (service.directory / "spec.json").write_text(json.dumps(spec))
+    done = service.run("submit", "spec.json", "--validation", "validation.jsonl", "--epochs", "2", "--wait")
+    assert done.returncode == 0, done.stderr
+    assert "uploaded rows.jsonl: 48 rows" in done.stderr
+    assert "validation set, 12 rows" in done.stdout
+    return done.stdout.splitlines()[0]
+
+
+def test_the_first_key_is_for_its_owner_alone(service: Service) -> None:
+    assert (service.directory / "api-key").stat().st_mode & 0o777 == 0o600
+    assert (service.directory / "storage").stat().st_mode & 0o077 == 0
+
+
+def test_a_job_submitted_by_a_file_runs_and_is_listed(service: Service, job_id: str) -> None:
+    listed = service.run("jobs", "--status", "succeeded").stdout
+    assert job_id in listed
+    assert "from a file" in listed
+    watched = service.run("watch", job_id)
+    assert (watched.returncode, "macro-F1" in watched.stdout) == (0, True)
+
+
+def test_a_checkpoint_is_downloaded_and_unpacked(service: Service, job_id: str) -> None:
+    done = service.run("download", job_id, "-o", "model")
+    assert (done.returncode, done.stdout) == (0, "model\n"), done.stderr
+    files = {path.name for path in (service.directory / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "manifest.json"} <= files
+    assert not any(name.endswith((".tar", ".partial")) for name in files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["watch", "job_nothing"], "error: There is nothing here under that id."),
+        (["submit", "--dataset", "nowhere.jsonl"], "there is no file"),
+        (["submit", "--dataset", "ds_" + "0" * 32, "--method", "magic"], "method"),
+        (["submit", "broken.json"], "broken.json: "),
+        (["jobs", "--url", "http://127.0.0.1:1"], "error: no answer from http://127.0.0.1:1/"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line_and_without_a_traceback(
+    service: Service, arguments: list[str], message: str
+) -> None:
+    (service.directory / "broken.json").write_text("{")
+    done = service.run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_cancelled_job_ends_watch_with_2(service: Service, job_id: str) -> None:
+    dataset = httpx.get(f"{service.url}/jobs/{job_id}", headers=authorization(service)).json()["spec"]["dataset_id"]
+    spec = tiny_spec(dataset, training={"epochs": 1000})
+    long = httpx.post(f"{service.url}/jobs", json=spec, headers=authorization(service)).json()["id"]
+    httpx.post(f"{service.url}/jobs/{long}/cancel", headers=authorization(service))
+    assert service.run("watch", long).returncode == 2
+
+
+def authorization(service: Service) -> dict[str, str]:
+    return {"Authorization": f"Bearer {(service.directory / 'api-key').read_text().strip()}"}
+
+
+def test_up_refuses_a_directory_in_use_and_a_port_that_is_taken(service: Service) -> None:
+    other = service.directory / "other"
+    twice = service.run("up", "--port", "0", "--data-dir", str(service.directory))
+    taken = service.run("up", "--port", str(service.port), "--data-dir", str(other))
+    assert (twice.returncode, taken.returncode) == (1, 1)
+    assert "is in use by another `understudy up`" in twice.stderr
+    assert f"cannot listen on 127.0.0.1:{service.port}" in taken.stderr
+    assert not other.exists(), "nothing was started"
+
+
+def test_every_part_that_is_killed_is_started_again(service: Service, job_id: str) -> None:
+    before = service.children
+    assert set(before) == {"postgres", "redis", "api", "scheduler", "worker"}
+    for child in before.values():
+        child.kill()
+
+    def replaced() -> bool:
+        now = service.children
+        return set(now) == set(before) and all(now[kind].pid != before[kind].pid for kind in before)
+
+    wait_until(replaced, 20, "every part to be started again")
+    wait_until(lambda: is_ready(service), 30, "the API to answer again")
+    assert job_id in service.run("jobs").stdout
+    assert "worker-1 ended with status -9; starting it again in 0.5 s" in service.errors
+
+
+def test_sigterm_stops_every_child_and_up_goes_on_where_it_was(service: Service, job_id: str) -> None:
+    children = processes(service)
+    key = (service.directory / "api-key").read_text()
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(20) == 0
+    assert service.process.stdout is not None
+    assert service.process.stdout.read() == "", "`ready` was its only line"
+    assert all_gone(children)
+    service.start()
+    assert (service.directory / "api-key").read_text() == key
+    assert job_id in service.run("jobs").stdout
+
+
+def test_a_killed_up_leaves_no_child_behind(service: Service) -> None:
+    children = processes(service)
+    assert len(children) >= 5
+    service.process.kill()
+    service.process.wait()
+    wait_until(lambda: all_gone(children), 20, "the children of a killed up to end")
