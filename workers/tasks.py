@@ -9,6 +9,7 @@ import structlog
 
 from app import lifecycle, queue
 from app.db import session_scope
+from app.errors import Problem
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Job
 from workers.celery_app import celery, stopping, worker_name
@@ -63,6 +64,9 @@ def claimed(job_id: str) -> Iterator[tuple[Job, Reporter] | None]:
         except WorkFailed as failure:
             with session_scope() as session:
                 lifecycle.fail(session, job_id, failure.code, failure.message, attempt=attempt)
+        except Problem as problem:  # a model that this worker lacks
+            with session_scope() as session:
+                lifecycle.fail(session, job_id, problem.code, problem.detail, attempt=attempt)
         except MemoryError as error:
             _fail_of_memory(job_id, attempt, error)
         except Exception as error:

@@ -21,7 +21,7 @@ from app.storage import Storage
 router = APIRouter(tags=["checkpoints"])
 
 CHUNK_BYTES = 256 * 1024
-ONE_RANGE = re.compile(r"bytes=\s*(\d*)-(\d*)\s*")
+ONE_RANGE = re.compile(r"bytes=\s*(\d{0,40})-(\d{0,40})\s*")
 TAR: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}},
     206: {"description": "The part that was asked for.", "content": {"application/x-tar": {}}},
@@ -101,7 +101,8 @@ def _send(
         return Response(status_code=304, headers=headers)
     first, last = 0, checkpoint.bytes - 1
     status = 200
-    if range is not None and (if_range is None or if_range.strip() == etag):
+    # Only GET has ranges (RFC 9110, 14.2).
+    if range is not None and request.method == "GET" and (if_range is None or if_range.strip() == etag):
         part = requested_part(range, checkpoint.bytes)
         if part is not None:
             first, last = part

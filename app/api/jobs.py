@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
-from sqlalchemy import select
+from sqlalchemy import false, select
 from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
@@ -107,8 +107,9 @@ def list_jobs(
     if method is not None:
         query = query.where(Job.method == method)
     for name, value in request.query_params.multi_items():
-        if (match := METADATA_FILTER.fullmatch(name)) and "\x00" not in value:
-            query = query.where(Job.metadata_.contains({match[1]: value}))
+        if match := METADATA_FILTER.fullmatch(name):
+            # No metadata holds a NUL, and PostgreSQL refuses to be asked about one.
+            query = query.where(false() if "\x00" in value else Job.metadata_.contains({match[1]: value}))
     found = newest_first(session, query, Job, page)
     return {**found, "data": [JobRead.of(job) for job in found["data"]]}
 
