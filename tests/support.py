@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from app import keys, lifecycle, preflight, records
 from app.config import settings
 from app.db import session_scope
-from app.models import Dataset, Job, LabelShard, new_id
+from app.models import Base, Dataset, Job, LabelShard, new_id
 from app.options import JobSpec
 from app.storage import sha256_of, storage
 
@@ -134,6 +134,15 @@ def shards_of(job_id: str) -> list[LabelShard]:
     """The job's shards as they stand."""
     with session_scope() as session:
         return list(session.get_one(Job, job_id).label_set.shards)
+
+
+def stored() -> dict[str, int]:
+    """How many rows each table has."""
+    with session_scope() as session:
+        return {
+            table.name: session.scalar(select(func.count()).select_from(table)) or 0
+            for table in Base.metadata.sorted_tables
+        }
 
 
 def expire_leases() -> None:
