@@ -1,0 +1,151 @@
+"""The training loop by itself: its schedule, what it counts, and which weights it leaves."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from app import options, pretrained
+from tests.support import TOPICS, sentences
+from workers.reporter import MemoryReporter
+from workers.training.data import tokenise
+from workers.training.distill import HeldOut, Pool, Run, begin, distill, learning_rate
+from workers.training.encoders import build_student
+from workers.training.evaluation import predict_probabilities
+
+ROWS = 30
+WISH = options.Student(model="scratch", num_layers=1, hidden_size=32, vocab_size=300, max_length=24)
+
+
+def method(**values: Any) -> options.Method:
+    return TypeAdapter(options.Method).validate_python(values)
+
+
+def prepared(
+    chosen: options.Method, training: options.Training, barred: list[int] | None = None
+) -> tuple[Run, Pool, HeldOut]:
+    rows, held_out = sentences(ROWS, 1), sentences(15, 2)
+    texts = [row["text"] for row in rows]
+    source = pretrained.resolve("scratch", purpose="student", roots=[], allow_hub=False)
+    student = build_student(WISH, TOPICS, texts, None, source, seed=0)
+    teacher = torch.full((ROWS, 3), 0.1)
+    for number, row in enumerate(rows):
+        teacher[number, TOPICS.index(row["label"])] = 0.8
+    is_barred = np.zeros(ROWS, bool)
+    is_barred[barred or []] = True
+    pool = Pool(tokenise(student.tokenizer, texts), teacher, np.arange(ROWS), is_barred)
+    tokens = tokenise(student.tokenizer, [row["text"] for row in held_out])
+    gold = np.array([TOPICS.index(row["label"]) for row in held_out])
+    return begin(student, pool, chosen, training, 3), pool, HeldOut(tokens, np.arange(15), gold)
+
+
+def trained(
+    chosen: options.Method, training: options.Training, barred: list[int] | None = None
+) -> tuple[Run, MemoryReporter]:
+    run, pool, held_out = prepared(chosen, training, barred)
+    report = MemoryReporter()
+    return distill(run, pool, held_out, TOPICS, chosen, training, report), report
+
+
+def values(report: MemoryReporter, name: str) -> list[float | None]:
+    return [value for found, _, _, value in report.points if found == name]
+
+
+def test_the_learning_rate_rises_and_falls_along_straight_lines() -> None:
+    training = options.Training(learning_rate=1.0, warmup_ratio=0.2)
+    rates = [learning_rate(step, 10, training) for step in range(11)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 8 / 8, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0])
+    flat = options.Training(learning_rate=1.0, warmup_ratio=0.0)
+    assert [learning_rate(step, 4, flat) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_the_loop_is_plain_training_when_every_row_is_selected() -> None:
+    """No selection against a loop written out in ten lines: the same weights, bit for bit."""
+    training = options.Training(epochs=2, batch_size=8, learning_rate=5e-3, warmup_ratio=0.1)
+    run, report = trained(method(kind="no_selection"), training)
+    slow, pool, held_out = prepared(method(kind="no_selection"), training)
+    model, labels, step = slow.student.model, pool.teacher.argmax(dim=1), 0
+    best, best_weights = -1.0, model.state_dict()
+    for epoch in range(2):
+        model.train()
+        order = np.random.Generator(np.random.PCG64([0, epoch])).permutation(ROWS)
+        for start in range(0, ROWS, 8):
+            rows = order[start : start + 8]
+            slow.optimizer.param_groups[0]["lr"] = slow.optimizer.param_groups[1]["lr"] = learning_rate(
+                step, 8, training
+            )
+            loss = torch.nn.functional.cross_entropy(model(**pool.tokens.batch(rows)).logits, labels[rows])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            slow.optimizer.step()
+            slow.optimizer.zero_grad()
+            step += 1
+        predicted = predict_probabilities(model, held_out.tokens).argmax(dim=1).numpy()
+        score = values(report, "validation_macro_f1")[epoch] or 0.0
+        assert values(report, "validation_accuracy")[epoch] == (predicted == held_out.gold).mean()
+        if score > best:
+            best, best_weights = score, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in run.student.model.state_dict().items():
+        assert torch.allclose(tensor, best_weights[name], atol=1e-6), name
+
+
+def test_the_weights_that_are_left_are_those_of_the_best_epoch() -> None:
+    training = options.Training(epochs=4, batch_size=8, learning_rate=3e-2)
+    run, pool, held_out = prepared(method(kind="no_selection"), training)
+    report, kept = MemoryReporter(), []
+
+    def keep(run: Run) -> None:
+        kept.append({name: tensor.clone() for name, tensor in run.student.model.state_dict().items()})
+
+    distill(run, pool, held_out, TOPICS, method(kind="no_selection"), training, report, on_epoch=keep)
+    scores = [
+        (macro_f1 or 0.0) + 1e-6 * (accuracy or 0.0)
+        for macro_f1, accuracy in zip(
+            values(report, "validation_macro_f1"), values(report, "validation_accuracy"), strict=True
+        )
+    ]
+    best = int(np.argmax(scores))
+    assert run.progress.best_epoch == best + 1
+    assert run.progress.best_step == 4 * (best + 1)
+    for name, tensor in run.student.model.state_dict().items():
+        assert torch.equal(tensor, kept[best][name])
+    assert not run.student.model.training
+
+
+def test_what_is_counted_by_step_adds_up_to_what_is_counted_by_row() -> None:
+    training = options.Training(epochs=3, batch_size=7, learning_rate=5e-3)
+    run, report = trained(method(kind="random", ratio=0.4), training, barred=[0, 1, 2])
+    selection = run.progress.selection()
+    assert selection["seen"] == 3 * ROWS == run.ledger.offered.sum()
+    assert selection["selected"] == run.ledger.selected.sum() == values(report, "selected")[-1]
+    assert run.ledger.selected[:3].tolist() == [0, 0, 0]
+    assert values(report, "seen") == sorted(values(report, "seen"))
+    steps = sorted({step for name, step, _, _ in report.points if name == "seen"})
+    assert steps == list(range(1, 3 * math.ceil(ROWS / 7) + 1))
+    assert all(0 <= (ratio or 0) <= 1 for ratio in values(report, "ratio"))
+
+
+@pytest.mark.parametrize("kind", sorted(options.Method.__args__[0].__args__, key=lambda entry: entry.__name__))  # type: ignore[attr-defined]
+def test_batches_that_hold_barred_rows_only_spoil_no_rule(kind: type[options.Options]) -> None:
+    chosen = method(kind=kind.model_fields["kind"].annotation.__args__[0])  # type: ignore[union-attr]
+    training = options.Training(epochs=1, batch_size=1, learning_rate=1e-3)
+    run, _ = trained(chosen, training, barred=list(range(0, ROWS, 2)))
+    for name, tensor in run.rule_state.items():
+        assert torch.isfinite(tensor.double()).all(), name
+    assert all(torch.isfinite(tensor).all() for tensor in run.student.model.state_dict().values())
+    assert run.ledger.selected[::2].sum() == 0
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    def weights(seed: int) -> list[bytes]:
+        training = options.Training(epochs=1, batch_size=8, learning_rate=5e-3, seed=seed)
+        run, _ = trained(method(kind="random"), training)
+        return [tensor.numpy().tobytes() for tensor in run.student.model.state_dict().values()]
+
+    assert weights(1) == weights(1)
+    assert weights(1) != weights(2)
