@@ -9,13 +9,17 @@ import csv
 import gzip
 import io
 import math
+import resource
 import shutil
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TypedDict
 
@@ -25,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app.errors import MAX_ERRORS, Fault, InvalidRows, TooLarge, Unprocessable, UnsupportedMedia
-from app.parquet_pages import UnsafePages, safe_batch_rows
 
 # Arrow's own allocator holds on to 20 MB more than malloc does over a large file.
 pa.set_memory_pool(pa.system_memory_pool())
@@ -63,7 +66,12 @@ GROUP_ROWS = 10_000
 GROUP_CHARACTERS = 2 * 1024 * 1024
 READ_BYTES = 256 * 1024
 MAX_FOOTER_BYTES = 8 * 1024 * 1024
+BATCH_BYTES = 4 * 1024 * 1024
+BATCH_ROWS = 1000
 HASHES_IN_MEMORY = 250_000
+
+APART_MEMORY_BYTES = 512 * 1024 * 1024
+APART_SECONDS = 3600
 
 FOREIGN_FILES = {
     b"PK\x03\x04": "a zip archive or an Excel workbook",
@@ -158,7 +166,7 @@ def ingest(
     """Check the rows of `source` and write them to `sink` as Parquet with SCHEMA.
 
     A gzipped source is recognised by its first bytes, whatever its name says. With `on_error="reject"` one bad row
-    refuses the file, with "skip" it is left out and counted.
+    refuses the file, with "skip" it is left out and counted. Parquet of unknown origin is for `ingest_apart`.
 
     Raises InvalidRows with the first 100 bad rows and their number, UnknownColumn, EmptyFile, TooManyLabels,
     UnreadableFile, UnsupportedMedia, or TooLarge when a limit is passed.
@@ -210,6 +218,29 @@ def ingest(
     ]
     has_text_pair = writer.pairs > 0
     return Ingested(writer.rows, list(roles.seen), counts, duplicates, faults.total, has_text_pair, warnings)
+
+
+def ingest_apart(source: Path, sink: Path, **options: Any) -> Ingested:
+    """`ingest` in a process of its own with bounded memory and time: a hostile Parquet file can crash Arrow, and a few
+    bytes of one can stand for gigabytes.
+
+    Raises what `ingest` raises, and UnreadableFile when the process does not survive the file.
+    """
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=_limit_process, initargs=(APART_MEMORY_BYTES,)
+    ) as pool:
+        try:
+            return pool.submit(ingest, source, sink, **options).result()
+        except (BrokenProcessPool, MemoryError):
+            raise UnreadableFile(
+                "The file cannot be read: it is damaged, or takes more memory than its size justifies."
+            ) from None
+
+
+def _limit_process(memory_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (APART_SECONDS, APART_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def read_rows(
@@ -663,9 +694,8 @@ def _parquet(path: Path, roles: Roles, limits: Limits) -> Found:
         _see_all(schema.names, roles, limits)
         names = [name for name in roles.names if name is not None]
         _check_types(schema, roles)
-        categorical = [name for name in names if pa.types.is_dictionary(schema.field(name).type)]
         most_bytes = limits.max_decompressed_bytes
-        batch_rows = safe_batch_rows(path, metadata, names, categorical, most_bytes=most_bytes)
+        batch_rows = _batch_rows(metadata)
         # With a small buffer and without pre-buffering Arrow reads page by page instead of whole row groups.
         unpacked = 0
         with pq.ParquetFile(path, metadata=metadata, buffer_size=READ_BYTES, pre_buffer=False, **safe) as parquet:
@@ -679,11 +709,16 @@ def _parquet(path: Path, roles: Roles, limits: Limits) -> Found:
                 for values in zip(*columns, strict=True):
                     row += 1
                     yield row, values
-    except UnsafePages as error:
-        raise UnreadableFile(f"The Parquet file cannot be read safely: {error}") from None
     except (pa.ArrowException, OSError, ValueError) as error:
         where = f"after row {row}" if row else "at its footer or first rows"
         raise UnreadableFile(f"The Parquet file is damaged {where}: {str(error)[:300]}") from None
+
+
+def _batch_rows(metadata: Any) -> int:
+    """How many rows to read at a time, by what the footer says of their size; it may lie."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    widest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
+    return max(10, min(BATCH_ROWS, int(BATCH_BYTES / max(widest, 1))))
 
 
 def _check_footer_size(path: Path) -> None:

@@ -186,7 +186,8 @@ def _store(
     limits = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
     rows = upload.path.with_name("rows.parquet")
     columns, on_error = options.columns(), options.on_error
-    found = records.ingest(upload.path, rows, format=upload.format, columns=columns, on_error=on_error, limits=limits)
+    ingest = records.ingest_apart if upload.format == "parquet" else records.ingest
+    found = ingest(upload.path, rows, format=upload.format, columns=columns, on_error=on_error, limits=limits)
 
     dataset = Dataset(
         id=new_id("ds"), tenant=tenant, name=options.name or _name_of(upload), rows=found.rows, bytes=upload.bytes,
