@@ -80,18 +80,17 @@ def eta_seconds(job: Job) -> float | None:
     return round(elapsed * (1 - fraction) / fraction, 1)
 
 
-def labeling_figures(job: Job) -> dict[str, Any]:
-    """What labeling has cost so far, added up over the job's shards."""
+def labeling_figures(session: Session, job: Job) -> dict[str, Any]:
+    """What labeling has cost so far, added up over the job's shards by the database: there may be tens of thousands."""
     label_set = job.label_set
-    shards = label_set.shards
+    counted = (LabelShard.rows_from_cache, LabelShard.rows_failed, LabelShard.tokens, LabelShard.tokens_saved)
+    sums = [func.coalesce(func.sum(column), 0) for column in (*counted, LabelShard.seconds)]
+    *counts, seconds = session.execute(select(*sums).where(LabelShard.label_set_id == job.label_set_id)).one()
     return {
         "labels": [label["name"] for label in label_set.labels],
         "confidence_method": label_set.confidence_method,
-        "rows_from_cache": sum(shard.rows_from_cache for shard in shards),
-        "rows_failed": sum(shard.rows_failed for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-        "tokens_saved": sum(shard.tokens_saved for shard in shards),
-        "seconds": round(sum(shard.seconds for shard in shards), 3),
+        **{column.key: int(count) for column, count in zip(counted, counts, strict=True)},
+        "seconds": round(seconds, 3),
         "teacher": label_set.report,
     }
 

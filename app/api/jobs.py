@@ -83,7 +83,7 @@ def create_job(
 
     def start() -> JobRead:
         plan = preflight.check(session, tenant, spec, settings)
-        return JobRead.of(lifecycle.submit(session, tenant, plan))
+        return JobRead.of(session, lifecycle.submit(session, tenant, plan))
 
     return idempotent(
         session, request, tenant, idempotency_key, request_hash(spec.model_dump(mode="json")), start, status=202,
@@ -111,7 +111,7 @@ def list_jobs(
             # No metadata holds a NUL, and PostgreSQL refuses to be asked about one.
             query = query.where(false() if "\x00" in value else Job.metadata_.contains({match[1]: value}))
     found = newest_first(session, query, Job, page)
-    return {**found, "data": [JobRead.of(job) for job in found["data"]]}
+    return {**found, "data": [JobRead.of(session, job) for job in found["data"]]}
 
 
 @router.get("/{job_id}", response_model=JobRead, responses=problems(Unauthorized, NotFound))
@@ -120,7 +120,7 @@ def read_job(job_id: str, session: SessionDep, tenant: TenantDep, response: Resp
     job = owned(session, Job, job_id, tenant)
     if not lifecycle.is_terminal(job):
         response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return JobRead.of(job)
+    return JobRead.of(session, job)
 
 
 def _move(verb: Any, job_id: str, session: Session, tenant: str) -> JobRead:
@@ -128,7 +128,7 @@ def _move(verb: Any, job_id: str, session: Session, tenant: str) -> JobRead:
     verb(session, job)
     session.flush()
     session.refresh(job)
-    return JobRead.of(job)
+    return JobRead.of(session, job)
 
 
 MOVE: dict[str, Any] = {

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
 from app import lifecycle
 from app.models import Job
@@ -121,7 +122,7 @@ class JobRead(Read):
     finished_at: datetime | None
 
     @classmethod
-    def of(cls, job: Job) -> JobRead:
+    def of(cls, session: Session, job: Job) -> JobRead:
         """The job with what is computed from its rows."""
         return cls.model_validate(
             {
@@ -130,7 +131,7 @@ class JobRead(Read):
                 "is_terminal": lifecycle.is_terminal(job),
                 "progress": lifecycle.progress(job),
                 "eta_seconds": lifecycle.eta_seconds(job),
-                "labeling": lifecycle.labeling_figures(job),
+                "labeling": lifecycle.labeling_figures(session, job),
             }
         )
 
