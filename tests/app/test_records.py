@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -36,7 +38,7 @@ from app.records import (
     read_rows,
     read_texts,
 )
-from tests.support import shared_data
+from tests.support import shared_data, wait_until
 
 SMALL = Limits(max_decompressed_bytes=1_000_000, max_line_bytes=10_000, max_rows=10_000, max_text_characters=5_000)
 
@@ -390,6 +392,24 @@ class Crash(Limits):
 
     def __reduce__(self) -> Any:
         return os.abort, ()
+
+
+def test_the_process_apart_ends_with_its_parent(tmp_path: Path) -> None:
+    source, script = tmp_path / "upload", tmp_path / "script.py"
+    source.write_bytes(parquet({"text": [f"text {number}" for number in range(2_000_000)]}))
+    script.write_text(
+        "from pathlib import Path\nfrom app.records import ingest_apart\n"
+        "if __name__ == '__main__':\n"
+        f"    ingest_apart(Path({str(source)!r}), Path({str(tmp_path / 'rows')!r}), format='parquet')\n"
+    )
+    parent = psutil.Popen([sys.executable, str(script)])
+    wait_until(lambda: any("spawn_main" in " ".join(child.cmdline()) for child in parent.children()), 30)
+    children = parent.children()
+    parent.kill()
+    _, alive = psutil.wait_procs([parent, *children], timeout=20)
+    for process in alive:
+        process.kill()
+    assert alive == []
 
 
 def test_what_is_read_apart_is_what_is_read_here(sink: Path) -> None:
