@@ -125,6 +125,9 @@ class LLKD(Options):
     """Of the thresholds' moving averages; above 0.99 they lag and selection starves."""
     class_scaling: Literal["class_mean", "freematch", "none"] = "class_mean"
     """How a threshold depends on the class."""
+    class_norm: Literal["mean", "max"] = "mean"
+    """What the class averages are divided by: `max` is the paper's MaxNorm, which puts every threshold at or below its
+    level and lets most rows pass; `mean` puts the thresholds at the level on average."""
     student_threshold: Literal["batch_level", "moving_average"] = "batch_level"
     """`moving_average` is the paper's; `batch_level` takes the level from the current batch, so it cannot lag."""
     warm_up: Literal["auto", "none"] = "auto"

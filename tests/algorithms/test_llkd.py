@@ -14,24 +14,26 @@ from tests.algorithms.batches import distributions, random_batches, reasons, ste
 from workers.algorithms.selection.llkd import LLKD
 from workers.algorithms.selection.no_selection import NoSelection
 
-PAPER: dict[str, Any] = {"student_threshold": "moving_average", "warm_up": "none", "floor": 0.0}
+PAPER: dict[str, Any] = {"student_threshold": "moving_average", "warm_up": "none", "floor": 0.0, "class_norm": "max"}
 
 
 class SlowLLKD:
     """The paper's rule with lists and loops; `batch_level` and `floor` as options describe them."""
 
-    def __init__(self, classes: int, momentum: float, scaling: str, level: str = "moving_average", floor: float = 0.0):
+    def __init__(
+        self, classes: int, momentum: float, scaling: str, norm: str, level: str = "moving_average", floor: float = 0.0
+    ) -> None:
+        self.norm, self.unit = norm, {"T": 1.0, "S": 1.0}
         self.classes, self.momentum, self.scaling = classes, momentum, scaling
         self.student_level, self.floor = level, floor
         self.level: dict[str, float | None] = {"T": None, "S": None}
         self.by_class: dict[str, list[float | None]] = {"T": [None] * classes, "S": [None] * classes}
 
     def threshold(self, side: str, c: int) -> float:
-        known = [value for value in self.by_class[side] if value is not None]
         own = self.by_class[side][c]
         level = self.level[side]
         assert level is not None
-        return level if own is None else level * own / max(known)
+        return level if own is None else level * own / self.unit[side]
 
     def update(self, side: str, values: list[float], labels: list[int], rows: list[list[float]]) -> None:
         if not values:
@@ -53,6 +55,11 @@ class SlowLLKD:
                 new = 1.0
             before = self.by_class[side][c]
             self.by_class[side][c] = new if before is None else self.momentum * before + (1 - self.momentum) * new
+        known = self.by_class[side]
+        if self.norm == "max":
+            self.unit[side] = max(value for value in known if value is not None)
+        else:
+            self.unit[side] = sum(known[label] or 0.0 for label in labels) / len(labels)
 
     def batch(self, teacher: list[list[float]], student: list[list[float]]) -> list[bool]:
         confidence = [max(row) for row in teacher]
@@ -70,10 +77,14 @@ class SlowLLKD:
 
 @pytest.mark.parametrize("floor", [0.0, 0.4])
 @pytest.mark.parametrize("level", ["moving_average", "batch_level"])
+@pytest.mark.parametrize("norm", ["mean", "max"])
 @pytest.mark.parametrize("scaling", ["class_mean", "freematch", "none"])
-def test_llkd_equals_a_slow_version_of_itself_with_classes_absent(scaling: str, level: str, floor: float) -> None:
-    rule = LLKD(momentum=0.8, class_scaling=scaling, student_threshold=level, warm_up="none", floor=floor)  # type: ignore[arg-type]
-    slow = SlowLLKD(classes=5, momentum=0.8, scaling=scaling, level=level, floor=floor)
+def test_llkd_equals_a_slow_version_of_itself_with_classes_absent(
+    scaling: str, norm: str, level: str, floor: float
+) -> None:
+    wishes: dict[str, Any] = {"momentum": 0.8, "class_scaling": scaling, "class_norm": norm, "floor": floor}
+    rule = LLKD(**wishes, student_threshold=level, warm_up="none")  # type: ignore[arg-type]
+    slow = SlowLLKD(classes=5, momentum=0.8, scaling=scaling, norm=norm, level=level, floor=floor)
     state = rule.initial(5)
     for teacher, student in random_batches(20, absent=2):
         teacher, student = teacher.double(), student.double()
@@ -111,6 +122,14 @@ def test_thresholds_by_class_follow_the_mean_of_each_class() -> None:
     # Level .5 (.75 + .7) = .725; class 0 moves to .5 (.8 + .7) = .75, class 1 does not occur and stays at .7.
     _, state = rule.offer(state, distributions([0.6, 0.4], [0.8, 0.2]), everything[:2])
     assert rule.thresholds(state)["teacher"].tolist() == pytest.approx([0.725, 0.725 * 0.7 / 0.75])
+
+
+def test_the_mean_norm_puts_the_thresholds_at_the_level_on_average() -> None:
+    rule = LLKD(momentum=0.5)
+    # As above, but the class means .8 and .7 are divided by .75, the mean over the four rows.
+    everything = torch.ones(4, dtype=torch.bool)
+    _, state = rule.offer(rule.initial(2), distributions([0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6]), everything)
+    assert rule.thresholds(state)["teacher"].tolist() == pytest.approx([0.8, 0.7])
 
 
 def test_a_class_never_seen_meets_the_unscaled_level() -> None:
@@ -156,7 +175,7 @@ def test_the_paper_mask_is_both_tests_at_once() -> None:
 
 
 def test_without_student_uncertainty_the_teacher_alone_selects_and_the_student_is_not_asked() -> None:
-    alone, both = LLKD(use_student_uncertainty=False), LLKD(**PAPER)
+    alone, both = LLKD(use_student_uncertainty=False, class_norm="max"), LLKD(**PAPER)
     assert not alone.needs_student
     state, other = alone.initial(5), both.initial(5)
     for teacher, student in random_batches():

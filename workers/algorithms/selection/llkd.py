@@ -2,10 +2,12 @@
 
 With conf = max_c p_T(c), unc = H(p_S), ŷ = argmax p_T, moving averages (momentum λ) give two thresholds per class:
 
-    τ_T(c) = MaxNorm(a_T)(c) · mean conf          τ_S(c) = MaxNorm(a_S)(c) · mean unc
+    τ_T(c) = a_T(c) / unit(a_T) · mean conf       τ_S(c) = a_S(c) / unit(a_S) · mean unc
     selected  <=>  conf >= τ_T(ŷ)  and  unc >= τ_S(ŷ)
 
-where a(c) depends on `class_scaling`: the mean over the rows labeled c, the mean probability of c (FreeMatch), or 1.
+where a(c) depends on `class_scaling`: the mean over the rows labeled c, the mean probability of c (FreeMatch), or 1; and
+unit(a) on `class_norm`: the largest a(c), which is the paper's MaxNorm and puts every threshold at its level or below,
+so that most rows pass; or the mean of a(ŷ) over the batch, which puts the thresholds at the level on average.
 The averages take in the batch before it is judged, and start with the first values seen. A class not seen so far has no
 average yet and meets the unscaled level.
 
@@ -33,7 +35,6 @@ from workers.algorithms.selection.rule import (
     at_least,
     decide,
     first_of,
-    max_norm,
     moving_average,
 )
 
@@ -49,6 +50,7 @@ class LLKD(Rule):
     use_student_uncertainty: bool = True
     momentum: float = 0.9
     class_scaling: Literal["class_mean", "freematch", "none"] = "class_mean"
+    class_norm: Literal["mean", "max"] = "mean"
     student_threshold: Literal["batch_level", "moving_average"] = "batch_level"
     warm_up: Literal["auto", "none"] = "auto"
     warm_up_agreement: float = 0.2
@@ -134,9 +136,12 @@ class LLKD(Rule):
         moved = torch.where(seen, moving_average(old, new, self.momentum), new)
         mean = values.mean()
         level = moving_average(state[f"{side}_level"], mean, level_momentum) if seen.any() else mean
+        by_class = torch.where(present, moved, old)
+        unit = by_class[labels].mean() if self.class_norm == "mean" else by_class.max()
         return state | {
             f"{side}_level": level,
-            f"{side}_class": torch.where(present, moved, old),
+            f"{side}_class": by_class,
+            f"{side}_unit": unit.clamp_min(1e-12),
             f"{side}_seen": seen | present,
         }
 
@@ -166,13 +171,14 @@ def _no_averages(side: Side, classes: int) -> State:
     return {
         f"{side}_level": torch.tensor(0.0, dtype=torch.float64),
         f"{side}_class": torch.zeros(classes, dtype=torch.float64),
+        f"{side}_unit": torch.tensor(1.0, dtype=torch.float64),
         f"{side}_seen": torch.zeros(classes, dtype=torch.bool),
     }
 
 
 def _thresholds(state: State, side: Side) -> Tensor:
-    """(C,) level x MaxNorm of the class averages; the level itself for a class not seen so far."""
-    scale = torch.where(state[f"{side}_seen"], max_norm(state[f"{side}_class"]), 1.0)
+    """(C,) level x class averages in their unit; the level itself for a class not seen so far."""
+    scale = torch.where(state[f"{side}_seen"], state[f"{side}_class"] / state[f"{side}_unit"], 1.0)
     return state[f"{side}_level"] * scale
 
 
