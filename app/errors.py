@@ -3,7 +3,6 @@
     Problem                     status, code, detail, errors
     ├── BadRequest 400
     ├── Unauthorized 401
-    ├── Forbidden 403
     ├── NotFound 404
     ├── Conflict 409            DatasetInUse, IllegalMove, NotReady, RequestInFlight
     ├── TooLarge 413
@@ -74,12 +73,6 @@ class Unauthorized(Problem):
 
     def __init__(self, detail: str | None = None) -> None:
         super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
-
-
-class Forbidden(Problem):
-    """This key may not do that."""
-
-    status, code = 403, "forbidden"
 
 
 class NotFound(Problem):

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from app.config import settings
 from app.errors import IllegalMove
-from app.models import PHASES, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
+from app.models import PHASES, Dataset, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
 from app.preflight import Plan
 from app.queue import LABEL, TRAIN, enqueue_on_commit
 
@@ -258,6 +258,9 @@ def retry(session: Session, job: Job) -> None:
     _lock(session, job)
     if job.status not in ("failed", "cancelled"):
         raise IllegalMove(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
+    ids = [job.dataset_id, job.validation_dataset_id, job.test_dataset_id]
+    if session.scalar(select(func.count()).where(Dataset.id.in_(ids), Dataset.tenant != job.tenant)):
+        raise IllegalMove("A dataset of this job has been deleted; upload it again and start a new job.")
     job.error, job.finished_at, job.lost_workers = None, None, 0
     session.execute(
         update(LabelShard)

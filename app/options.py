@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 DEFAULT_STUDENT = "all-MiniLM-L6-v2"
+LEARNING_RATES = {DEFAULT_STUDENT: 2e-4, "scratch": 5e-4}
+OTHER_LEARNING_RATE = 5e-5
 
 
 class Options(BaseModel):
@@ -213,8 +215,9 @@ class Training(Options):
     epochs: Annotated[int, Field(ge=1, le=1000)] = 6
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Rows offered to the rule per step."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-5
-    """Peak of AdamW's schedule: linear warm-up, then linear decay to 0."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak of AdamW's schedule: linear warm-up, then linear decay to 0. Null chooses by the student: 2e-4 for the
+    bundled model, 5e-4 for `scratch`, 5e-5 for others; the job's spec shows the choice."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.06
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
@@ -229,18 +232,12 @@ class Training(Options):
 class Budget(Options):
     """When to stop asking the teacher; training goes on with what is labeled."""
 
-    max_labeled_rows: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    max_labeled_rows: Annotated[int, Field(ge=2, le=10**9)] | None = None
     """Label at most this many rows, the first ones of the dataset."""
     max_teacher_tokens: Annotated[int, Field(ge=1)] | None = None
     """Claim no further shard of train rows once the teacher has read this many tokens."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Claim no further shard of train rows once labeling has taken this long, added up over all workers."""
-
-
-class Webhook(Options):
-    """Where to send what happens to the job."""
-
-    url: HttpUrl
 
 
 def _small_metadata(value: dict[str, str]) -> dict[str, str]:
@@ -273,9 +270,17 @@ class JobSpec(Options):
     teacher: Teacher
     student: Student = Student()
     method: Method
-    training: Training = Training()
+    training: Annotated[Training, Field(validate_default=True)] = Training()
     budget: Budget = Budget()
     metadata: Metadata = {}
+
+    @field_validator("training")
+    @classmethod
+    def _has_a_learning_rate(cls, value: Training, known: ValidationInfo) -> Training:
+        if value.learning_rate is not None or "student" not in known.data:
+            return value
+        rate = LEARNING_RATES.get(known.data["student"].model, OTHER_LEARNING_RATE)
+        return value.model_copy(update={"learning_rate": rate})
 
     @field_validator("labels", mode="before")
     @classmethod

@@ -198,10 +198,10 @@ def _check_models(spec: JobSpec, settings: Settings, faults: _Faults) -> str | N
         else:
             if pointer == "/teacher/model":
                 revision = source.revision
-            elif (layers := pretrained.layers_of(source)) and (spec.student.num_layers or 0) > layers:
+            elif source.layers is not None and (spec.student.num_layers or 0) > source.layers:
                 faults.note(
                     "/student/num_layers", "too_many_layers",
-                    f"{name!r} has {layers} layers; ask for at most that many, or leave num_layers out to keep all",
+                    f"{name!r} has {source.layers} layers; ask for at most that many, or leave num_layers out to keep all",
                 )  # fmt: skip
     return revision
 

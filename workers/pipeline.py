@@ -222,9 +222,9 @@ def _tokenise(student: Student, material: Material, split: str, report: Reporter
 
 
 def _indices(material: Material, split: str) -> NDArray[np.int64]:
-    """(N,) class of each row by its gold label; -1 for a label the job lacks, and for none."""
-    index = {name: position for position, name in enumerate(material.labels)}
-    return np.array([index.get(name or "", -1) for name in material.gold(split)], np.int64)
+    """(N,) class of each row by its gold label; a label the job lacks is a class of its own, beyond the student's."""
+    index: dict[str | None, int] = {name: position for position, name in enumerate(material.labels)}
+    return np.array([index.setdefault(name, len(index)) for name in material.gold(split)], np.int64)
 
 
 def score(

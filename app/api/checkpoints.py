@@ -46,9 +46,8 @@ def read_checkpoint(checkpoint_id: str, session: SessionDep, tenant: TenantDep) 
     return _read(session, owned(session, Checkpoint, checkpoint_id, tenant))
 
 
-@router.api_route(
-    "/checkpoints/{checkpoint_id}/download", methods=["GET", "HEAD"], response_class=Response, responses=TAR
-)
+@router.head("/checkpoints/{checkpoint_id}/download", include_in_schema=False)
+@router.get("/checkpoints/{checkpoint_id}/download", response_class=Response, responses=TAR)
 def download_checkpoint(
     checkpoint_id: str, request: Request, session: SessionDep, storage: StorageDep, tenant: TenantDep,
     range: Annotated[str | None, Header()] = None, if_range: Annotated[str | None, Header()] = None,
@@ -59,12 +58,8 @@ def download_checkpoint(
     return _send(storage, checkpoint, request, range, if_range, if_none_match)
 
 
-@router.api_route(
-    "/jobs/{job_id}/checkpoint",
-    methods=["GET", "HEAD"],
-    response_class=Response,
-    responses={**TAR, **problems(NotReady)},
-)
+@router.head("/jobs/{job_id}/checkpoint", include_in_schema=False)
+@router.get("/jobs/{job_id}/checkpoint", response_class=Response, responses={**TAR, **problems(NotReady)})
 def download_best(
     job_id: str, request: Request, session: SessionDep, storage: StorageDep, tenant: TenantDep,
     range: Annotated[str | None, Header()] = None, if_range: Annotated[str | None, Header()] = None,

@@ -213,6 +213,9 @@ def test_a_dataset_is_deleted_only_when_its_jobs_have_ended(client: TestClient, 
     assert client.get("/datasets").json()["data"] == []
     assert client.get(f"/jobs/{job_id}").status_code == 200
     assert stored_files(storage) == before
+    again = client.post(f"/jobs/{job_id}/retry")
+    assert (again.status_code, again.json()["code"]) == (409, "illegal_move")
+    assert "has been deleted" in again.json()["detail"]
 
 
 @pytest.fixture

@@ -103,14 +103,9 @@ def test_a_model_is_refused_for_a_purpose_it_cannot_serve(tmp_path: Path) -> Non
         resolve("scratch", purpose="encoder_teacher", roots=[], allow_hub=False)
 
 
-def test_more_layers_than_the_model_has_are_refused(tmp_path: Path) -> None:
+def test_a_source_knows_its_layers_before_it_is_loaded(tmp_path: Path) -> None:
     write_model(tmp_path / "two")
-    assert student("two", tmp_path, num_layers=2)
-    with pytest.raises(ModelUnresolvable, match="has 2 layers; num_layers asks for 3"):
-        student("two", tmp_path, num_layers=3)
-    with pytest.raises(ModelUnresolvable, match="has 6 layers"):
-        student(pretrained.BUNDLED, num_layers=7)
-    assert student("scratch", num_layers=40)
+    assert [student(name, tmp_path).layers for name in ("two", pretrained.BUNDLED, "scratch")] == [2, 6, None]
 
 
 def test_the_revision_follows_weights_config_and_tokenizer_and_nothing_else(tmp_path: Path) -> None:

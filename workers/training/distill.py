@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from app.options import Method, Training
+from app.options import OTHER_LEARNING_RATE, Method, Training
 from workers.algorithms import metrics
 from workers.algorithms.selection import RULES
-from workers.algorithms.selection.rule import REASONS, Selection, Signals, State, decide
+from workers.algorithms.selection.rule import REASONS, Selection, Signals, State
 from workers.reporter import Report, Stopped
 from workers.training.data import Tokens
 from workers.training.encoders import Student
@@ -49,7 +49,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows that choose the checkpoint, with the class index each should get; -1 is a class the student cannot name."""
+    """Rows that choose the checkpoint, with the class index each should get; others are classes the student cannot name."""
 
     tokens: Tokens
     rows: NDArray[np.int64]
@@ -165,7 +165,7 @@ def begin(student: Student, pool: Pool, method: Method, training: Training, clas
     plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=training.learning_rate,
+        lr=training.learning_rate or OTHER_LEARNING_RATE,
         fused=True,
     )
     return Run(
@@ -228,17 +228,15 @@ def distill(
                 batch = order[progress.position : progress.position + training.batch_size]
                 rows = batch[~pool.barred[batch]]
                 teacher = pool.teacher[rows]
-                selection = decide(torch.zeros(len(rows), dtype=torch.bool), rejected="outside_subset")
-                if len(rows):  # all may be barred, and the mean of nothing would spoil a rule's averages for good
-                    offered, run.rule_state = rule.offer(run.rule_state, teacher, subset[rows])
+                offered, run.rule_state = rule.offer(run.rule_state, teacher, subset[rows])
 
-                    student_view = torch.full_like(teacher, 1.0 / len(labels))
-                    if rule.needs_student and offered.any():
-                        asked = rows[offered.numpy()]
-                        student_view[offered] = predict_probabilities(model, pool.tokens, asked, bf16=bf16)
+                student_view = torch.full_like(teacher, 1.0 / len(labels))
+                if rule.needs_student and offered.any():
+                    asked = rows[offered.numpy()]
+                    student_view[offered] = predict_probabilities(model, pool.tokens, asked, bf16=bf16)
 
-                    signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
-                    selection, run.rule_state = rule.select(run.rule_state, signals)
+                signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
+                selection, run.rule_state = rule.select(run.rule_state, signals)
 
                 rate = learning_rate(progress.step, total_steps, training)
                 if selection.mask.any():
@@ -289,10 +287,11 @@ def distill(
 
 def learning_rate(step: int, total_steps: int, training: Training) -> float:
     """Linear warm-up to the peak over `warmup_ratio` of the steps, then linear decay to 0 at the end."""
+    peak = training.learning_rate or OTHER_LEARNING_RATE
     warm_up = training.warmup_ratio * total_steps
     if step < warm_up:
-        return training.learning_rate * (step + 1) / (warm_up + 1)
-    return training.learning_rate * (total_steps - step) / max(1.0, total_steps - warm_up)
+        return peak * (step + 1) / (warm_up + 1)
+    return peak * (total_steps - step) / max(1.0, total_steps - warm_up)
 
 
 def _permutation(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -1,0 +1,25 @@
+"""Every benchmark that ends within minutes, one after the other: what `make bench` calls.
+
+benchmarks/results.py and benchmarks/cold_start.py take hours or tens of minutes and are called by themselves.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = ["benchmarks.epoch_cost", "benchmarks.upload_memory"]
+
+
+def main() -> None:
+    failed = []
+    for name in BENCHMARKS:
+        print(f"\n=== {name} ===", flush=True)
+        if subprocess.run([sys.executable, "-W", "ignore", "-m", name], check=False).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
