@@ -22,7 +22,7 @@ import psutil
 
 from app.client import Client
 
-WORDS = "the of parcel invoice late refund account password broken size shop order battery helmet charge email".split()
+WORDS = "the of parcel invoice late refund account password broken size shop order battery helmet charge email"
 
 
 def main() -> None:
@@ -45,14 +45,14 @@ def write_rows(file: Path, size: int) -> None:
     written = number = 0
     with file.open("w") as stream:
         while written < size:
-            text = " ".join(rng.choices(WORDS, k=30))
+            text = " ".join(rng.choices(WORDS.split(), k=30))
             written += stream.write(json.dumps({"text": f"{number} {text}"}) + "\n")
             number += 1
 
 
 def measure(directory: Path, file: Path) -> tuple[float, float]:
     """Seconds of the upload, and bytes by which the API process grew at most."""
-    command = [str(Path(sys.executable).parent / "understudy"), "up", "--port", "0", "--workers", "0"]
+    command = [str(Path(sys.executable).parent / "understudy"), "up", "--port", "0", "--workers", "1"]
     data = directory / "data"
     server = subprocess.Popen(
         [*command, "--data-dir", str(data)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

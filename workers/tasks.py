@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import structlog
 
 from app import lifecycle, queue
+from app.config import settings
 from app.db import session_scope
 from app.errors import Problem
 from app.lifecycle import LeaseLost, WorkFailed
@@ -18,11 +19,20 @@ from workers.reporter import Heartbeat, Reporter, Stopped
 log = structlog.get_logger()
 
 
+def limit_threads() -> None:
+    """Give the models the CPU threads the operator wants; several workers on one machine would fight over the cores."""
+    import torch
+
+    if (threads := settings().threads) is not None:
+        torch.set_num_threads(threads)
+
+
 @celery.task(name=queue.LABEL)
 def label(job_id: str) -> None:
     """Label shards of the job until none is left."""
     from workers.labeling import label_job
 
+    limit_threads()
     with structlog.contextvars.bound_contextvars(job_id=job_id, task="label"):
         label_job(job_id, worker_name(), stopping)
 
@@ -34,6 +44,7 @@ def train(job_id: str) -> None:
         if held is not None:
             from workers.pipeline import run_job
 
+            limit_threads()
             run_job(*held)
 
 

@@ -283,6 +283,19 @@ def test_the_batch_level_threshold_follows_a_student_whose_entropy_falls_and_the
     assert 0.3 < share["batch_level"] < 0.6
 
 
+@pytest.mark.parametrize("scaling", ["class_mean", "freematch", "none"])
+def test_the_mean_norm_on_the_level_of_the_batch_never_starves(scaling: str) -> None:
+    # The thresholds of a batch then have the mean of its uncertainties, so some row reaches its own.
+    rule = LLKD(class_scaling=scaling, warm_up="none", floor=0.0)  # type: ignore[arg-type]
+    state = rule.initial(5)
+    for number, (teacher, student) in enumerate(random_batches(60, absent=2)):
+        sharper = (student.log() * (1 + number)).softmax(1)
+        selection, state, offered = step(rule, state, teacher, sharper)
+        assert selection.mask.any() == offered.any()
+        met = selection.student_threshold[offered].double().mean()
+        assert float(met) == pytest.approx(float(selection.uncertainty[offered].mean()), abs=1e-6)
+
+
 @pytest.mark.parametrize("floor", [0.05, 0.25, 0.3, 1.0])
 def test_the_floor_takes_the_most_uncertain_rows_the_teacher_accepts(floor: float) -> None:
     starving = LLKD(momentum=1 - 1e-12, student_threshold="moving_average", warm_up="none", floor=floor)
