@@ -28,6 +28,8 @@ from starlette.exceptions import HTTPException
 
 log = structlog.get_logger()
 MAX_ERRORS = 100
+MAX_ECHO_CHARACTERS = 500
+"""Of what the client sent, in one message or pointer."""
 
 
 class Fault(TypedDict, total=False):
@@ -112,13 +114,13 @@ class RequestInFlight(Conflict):
 
 
 class TooLarge(Problem):
-    """The upload is larger than this server accepts."""
+    """The body is larger than this server accepts."""
 
     status, code = 413, "too_large"
 
 
 class UnsupportedMedia(Problem):
-    """Send JSONL, CSV, TSV or Parquet, plain or gzipped."""
+    """The Content-Type is not one that this route takes."""
 
     status, code = 415, "unsupported_media_type"
 
@@ -186,13 +188,21 @@ def field_faults(errors: Iterable[Any]) -> list[Fault]:
     """pydantic's errors as faults with pointers and sentences that say how to mend them."""
     faults: list[Fault] = []
     for error in errors:
-        message = error["msg"].removeprefix("Value error, ")
+        message, location = error["msg"].removeprefix("Value error, "), error["loc"]
         if error["type"] == "extra_forbidden":
             message = "unknown field; remove it or correct its spelling"
         elif error["type"] == "missing":
             message = "required field is missing"
-        faults.append({"line": None, "pointer": pointer(error["loc"]), "code": error["type"], "message": message})
+        elif error["type"] == "json_invalid":
+            message, location = f"{error['ctx']['error']} at character {location[-1]}", ("body",)
+        faults.append(
+            {"line": None, "pointer": _short(pointer(location)), "code": error["type"], "message": _short(message)}
+        )
     return faults
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_ECHO_CHARACTERS else text[:MAX_ECHO_CHARACTERS] + "…"
 
 
 def problem_response(request: Request, problem: Problem) -> JSONResponse:
@@ -220,6 +230,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):  # FastAPI leaves a body that is not declared to be JSON as it came.
+            return problem_response(
+                request, UnsupportedMedia("Send the body as JSON, with Content-Type: application/json.")
+            )
         faults = field_faults(error.errors())
         first = faults[0]
         where = (first["pointer"] or "").lstrip("/") or "body"
@@ -230,7 +244,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, Problem):  # FastAPI answers 400 whatever the reading of the body raised.
+            return problem_response(request, error.__cause__)
         problem = Problem(str(error.detail), headers=dict(error.headers or {}))
+        if error.status_code == 405:
+            problem.headers["Allow"] = ", ".join(sorted(_methods(request, problem.headers.get("Allow", ""))))
         problem.status = error.status_code
         problem.code = TITLES.get(error.status_code, "error").lower().replace(" ", "_")
         return problem_response(request, problem)
@@ -239,6 +257,13 @@ def install(app: FastAPI) -> None:
     def _database_away(request: Request, error: OperationalError) -> JSONResponse:
         log.error("database_unreachable", error=str(error.orig))
         return problem_response(request, Unavailable("The database is not reachable just now; try again shortly."))
+
+
+def _methods(request: Request, known: str) -> set[str]:
+    """Every method of the path; the router tells those of one of its routes only."""
+    path = getattr(request.scope.get("route"), "path", "")
+    documented = request.app.openapi()["paths"].get(path, {})
+    return {method.upper() for method in documented} | set(filter(None, known.split(", ")))
 
 
 def unexpected_response(request: Request) -> JSONResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -22,6 +23,8 @@ from app.models import new_id
 
 ROUTERS = [datasets.router, jobs.router, checkpoints.router, health.router]
 WEB = Path(__file__).parent / "web"
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""Of a request that uploads no file."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
 
 REQUESTS = Counter("understudy_http_requests", "Requests answered.", ["method", "route", "status"])
@@ -75,12 +78,58 @@ class RequestContext:
                 await errors.unexpected_response(Request(scope))(scope, receive, send_with_headers)
 
 
+class BodyLimit:
+    """Refuses a body over MAX_BODY_BYTES, before it is parsed; only uploaded files may be larger, and count themselves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_BODY_BYTES:
+                raise errors.TooLarge(f"The body is larger than {MAX_BODY_BYTES:,} bytes, the most this route accepts.")
+            return message
+
+        uploads = scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/datasets")
+        await self.app(scope, receive if uploads else counted, send)
+
+
+class Understudy(FastAPI):
+    """FastAPI, with an OpenAPI document that tells what errors are: always problem+json."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
+            _tell_problems(super().openapi())
+        return super().openapi()
+
+
+def _tell_problems(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    problem = {"$ref": "#/components/schemas/ProblemRead"}
+    taken_over = (problem["$ref"], "#/components/schemas/HTTPValidationError")
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            for response in operation["responses"].values():
+                schema = response.get("content", {}).get("application/json", {}).get("schema", {})
+                if schema.get("$ref") in taken_over:
+                    response["content"] = {"application/problem+json": {"schema": problem}}
+
+
 def create_app() -> FastAPI:
     """The ASGI application."""
-    app = FastAPI(
+    app = Understudy(
         title="Understudy",
         summary="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
         version="0.1.0",
+        redirect_slashes=False,
     )
     for router in ROUTERS:
         app.include_router(router)
@@ -95,5 +144,6 @@ def create_app() -> FastAPI:
 
     if origins := settings().cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(BodyLimit)
     app.add_middleware(RequestContext)
     return app

@@ -234,9 +234,9 @@ class Budget(Options):
 
     max_labeled_rows: Annotated[int, Field(ge=2, le=10**9)] | None = None
     """Label at most this many rows, the first ones of the dataset."""
-    max_teacher_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_teacher_tokens: Annotated[int, Field(ge=1, le=10**15)] | None = None
     """Claim no further shard of train rows once the teacher has read this many tokens."""
-    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=10**9)] | None = None
     """Claim no further shard of train rows once labeling has taken this long, added up over all workers."""
 
 

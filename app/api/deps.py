@@ -66,7 +66,7 @@ class Page:
 def page(
     limit: Annotated[int, Query(ge=1, le=100, description="How many to return.")] = 20,
     after: Annotated[
-        str | None, Query(max_length=100, pattern=r"^[\w\-]+$", description="`next` of the page before this one.")
+        str | None, Query(pattern=r"^[a-z]+_[0-9a-f]{32}$", description="`next` of the page before this one.")
     ] = None,
 ) -> Page:
     return Page(limit, after)

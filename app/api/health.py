@@ -20,12 +20,14 @@ router = APIRouter(tags=["service"])
 JOBS = Gauge("understudy_jobs", "Jobs by status.", ["status"])
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", response_model=Health)
 def healthz() -> dict[str, Any]:
     """The process answers."""
     return {"status": "ok"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", response_model=Health, responses={503: {"model": Health, "description": "Not ready."}})
 def readyz() -> Any:
     """Requests can be served. A broker that is away delays jobs but refuses none, so it does not count."""

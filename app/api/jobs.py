@@ -41,7 +41,18 @@ from app.api.schemas import (
     SeriesRead,
 )
 from app.db import session_scope
-from app.errors import Conflict, IllegalMove, InvalidSpec, KeyReused, NotFound, NotReady, Unauthorized
+from app.errors import (
+    BadRequest,
+    Conflict,
+    IllegalMove,
+    InvalidSpec,
+    NotFound,
+    NotReady,
+    TooLarge,
+    Unauthorized,
+    Unprocessable,
+    UnsupportedMedia,
+)
 from app.models import Job, JobEvent, JobMetric
 from app.options import JobSpec
 
@@ -60,7 +71,7 @@ Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancel
     response_model=JobRead,
     responses={
         200: {"model": DryRunRead, "description": "With dry_run=true: what the job would need; nothing is stored."},
-        **problems(Unauthorized, InvalidSpec, Conflict),
+        **problems(BadRequest, Unauthorized, Conflict, TooLarge, UnsupportedMedia, InvalidSpec),
     },
 )
 def create_job(
@@ -91,7 +102,7 @@ def create_job(
     )  # fmt: skip
 
 
-@router.get("", response_model=PageRead[JobRead], responses=problems(Unauthorized, KeyReused))
+@router.get("", response_model=PageRead[JobRead], responses=problems(Unauthorized, Unprocessable))
 def list_jobs(
     request: Request,
     session: SessionDep,
@@ -107,7 +118,10 @@ def list_jobs(
     if method is not None:
         query = query.where(Job.method == method)
     for name, value in request.query_params.multi_items():
-        if match := METADATA_FILTER.fullmatch(name):
+        if name.startswith("metadata"):
+            match = METADATA_FILTER.fullmatch(name)
+            if match is None:
+                raise Unprocessable(f"{name[:100]!r} is no filter; write metadata[key]=value, as keys are in a job.")
             # No metadata holds a NUL, and PostgreSQL refuses to be asked about one.
             query = query.where(false() if "\x00" in value else Job.metadata_.contains({match[1]: value}))
     found = newest_first(session, query, Job, page)
@@ -168,7 +182,7 @@ def retry_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
     response_model=EventPage,
     responses={
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-        **problems(Unauthorized, NotFound, InvalidSpec),
+        **problems(Unauthorized, NotFound, Unprocessable),
     },
 )
 def list_events(
@@ -220,7 +234,7 @@ async def _live_events(job_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:
 # --- metrics and samples --------------------------------------------------------------------------------------------
 
 
-@router.get("/{job_id}/metrics", response_model=SeriesPage, responses=problems(Unauthorized, NotFound, InvalidSpec))
+@router.get("/{job_id}/metrics", response_model=SeriesPage, responses=problems(Unauthorized, NotFound, Unprocessable))
 def read_metrics(
     job_id: str,
     session: SessionDep,
@@ -243,7 +257,7 @@ def read_metrics(
 
 
 @router.get(
-    "/{job_id}/samples", response_model=SamplePage, responses=problems(Unauthorized, NotFound, NotReady, InvalidSpec)
+    "/{job_id}/samples", response_model=SamplePage, responses=problems(Unauthorized, NotFound, NotReady, Unprocessable)
 )
 def list_samples(
     job_id: str,

@@ -84,9 +84,9 @@ def format_of(content_type: str, file_name: str | None) -> Format:
     suffix = PurePosixPath((file_name or "").lower().removesuffix(".gz")).suffix
     format = CONTENT_TYPES.get(content_type) or SUFFIXES.get(suffix)
     if format is None:
-        sent = content_type[:100] or "without a Content-Type"
+        sent = f"as {content_type[:100]}" if content_type else "without a Content-Type"
         named = f", named {file_name[:100]!r}" if file_name else ""
-        raise UnsupportedMedia(f"The file was sent as {sent}{named}. {ACCEPTED}")
+        raise UnsupportedMedia(f"The file was sent {sent}{named}. {ACCEPTED}")
     return format
 
 
