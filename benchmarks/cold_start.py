@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
+    parser.add_argument("--learning-rate", type=float, help="instead of the student's own default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log", type=Path, default=ROOT / "build" / "cold_start.jsonl")
     arguments = parser.parse_args()
@@ -92,8 +93,16 @@ def report(name: str, arguments: argparse.Namespace) -> None:
             wanted = {
                 **{key: getattr(arguments, key) for key in ("student", "rows", "epochs", "precision")},
                 **{"data": name, "method": METHODS[method], "seed": seed},
+                **({"learning_rate": arguments.learning_rate} if arguments.learning_rate else {}),
             }
-            found = next((line for line in lines if wanted.items() <= line.items()), None)
+            found = next(
+                (
+                    line
+                    for line in lines
+                    if wanted.items() <= line.items() and line.get("learning_rate") == arguments.learning_rate
+                ),
+                None,
+            )
             if found is None:
                 task = task or prepare(name, arguments.rows)
                 found = wanted | run(task, wanted)
@@ -136,7 +145,7 @@ def run(task: Task, wanted: dict[str, Any]) -> dict[str, Any]:
     method = TypeAdapter(options.Method).validate_python(wanted["method"])
     training = options.Training(
         epochs=wanted["epochs"],
-        learning_rate=options.LEARNING_RATES[wanted["student"]],
+        learning_rate=wanted.get("learning_rate", options.LEARNING_RATES[wanted["student"]]),
         seed=wanted["seed"],
         precision=wanted["precision"],
     )

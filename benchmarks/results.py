@@ -4,7 +4,8 @@
 
 Starts `understudy up` on --data-dir, uploads the unlabeled rows, the validation and the test set of each data set, and
 submits one job for each method and seed. Jobs that an earlier run has finished are not run again, so it may be stopped
-and started at will; --tables-only writes the tables from docs/results.json.
+and started at will; --finished-only submits nothing and writes the tables from the jobs that have finished, --tables-only
+from docs/results.json.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=list(DATA_SETS), choices=list(DATA_SETS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=DOCS)
+    parser.add_argument("--finished-only", action="store_true")
     parser.add_argument("--tables-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.tables_only:
@@ -118,8 +120,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             sys.exit("results: the server did not start")
         key = (arguments.data_dir / "api-key").read_text().strip()
         with Client(ready[1], key) as client:
-            runs = submit_all(client, arguments)
-            jobs = wait_for_all(client, [run["job"] for run in runs])
+            if arguments.finished_only:
+                runs, jobs = finished(client)
+            else:
+                runs = submit_all(client, arguments)
+                jobs = wait_for_all(client, [run["job"] for run in runs])
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
@@ -149,6 +154,18 @@ def submit_all(client: Client, arguments: argparse.Namespace) -> list[dict[str, 
                 tags = {"results": name, "method": method, "seed": str(seed), "rows": str(arguments.rows)}
                 runs.append({"data": name, "method": method, "seed": seed, "job": find_or_submit(client, wanted, tags)})
     return runs
+
+
+def finished(client: Client) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The runs that have succeeded on this server, in the order of the tables, and their jobs."""
+    jobs = {job["id"]: job for job in client.jobs(status="succeeded") if "results" in job["metadata"]}
+    tags = {job_id: job["metadata"] for job_id, job in jobs.items()}
+    runs = [
+        {"data": tag["results"], "method": tag["method"], "seed": int(tag["seed"]), "job": job_id}
+        for job_id, tag in tags.items()
+    ]
+    places = {name: place for place, name in enumerate([*DATA_SETS, *METHODS])}
+    return sorted(runs, key=lambda run: (places[run["data"]], places[run["method"]], run["seed"])), jobs
 
 
 def find_or_submit(client: Client, spec: dict[str, Any], tags: dict[str, str]) -> str:
