@@ -16,6 +16,7 @@ A class is a situation; its docstring is the default sentence the client reads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
@@ -193,6 +194,9 @@ def field_faults(errors: Iterable[Any]) -> list[Fault]:
             message = "unknown field; remove it or correct its spelling"
         elif error["type"] == "missing":
             message = "required field is missing"
+        elif error["type"] in ("too_long", "too_short") and isinstance(error["input"], str):
+            # pydantic counts "items" where a length stands after a validator.
+            message = re.sub(r"item(s?)( after validation)?", r"character\1", message)
         elif error["type"] == "json_invalid":
             message, location = f"{error['ctx']['error']} at character {location[-1]}", ("body",)
         faults.append(

@@ -143,7 +143,9 @@ def create_app() -> FastAPI:
         )
 
     if origins := settings().cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestContext)
     return app

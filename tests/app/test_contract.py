@@ -9,7 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
-from app.main import MAX_BODY_BYTES
+from app.config import settings
+from app.main import MAX_BODY_BYTES, create_app
 from tests.support import add_dataset, sentences, stored, tiny_spec
 
 JSON = {"Content-Type": "application/json"}
@@ -80,6 +81,15 @@ def test_what_the_client_sent_is_not_echoed_at_length(client: TestClient) -> Non
         assert len(answer.content) < 4000
 
 
+def test_a_text_that_is_too_long_or_short_is_counted_in_characters(client: TestClient) -> None:
+    spec = tiny_spec("ds_0123456789abcdef", name="x" * 201, labels=["", "b"])
+    problem = assert_problem(client.post("/jobs", json=spec), 422, "validation_error")
+    assert {fault["pointer"]: fault["message"] for fault in problem["errors"]} == {
+        "/name": "Value should have at most 200 characters, not 201",
+        "/labels/0/name": "Value should have at least 1 character, not 0",
+    }
+
+
 @pytest.mark.parametrize("budget", [{"max_teacher_tokens": 10**30}, {"max_seconds": 1e308}])
 def test_a_budget_too_large_to_be_written_down_is_refused(client: TestClient, budget: dict[str, float]) -> None:
     answer = client.post("/jobs", json=tiny_spec(add_dataset(sentences(9, 0)), budget=budget))
@@ -132,6 +142,13 @@ def test_a_trailing_slash_is_another_path_and_no_redirect(client: TestClient) ->
 def test_a_probe_may_ask_with_head(client: TestClient, path: str) -> None:
     answer = client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_page_of_another_origin_may_read_the_headers(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings(), "cors_origins", ["https://lab.example"])
+    answer = TestClient(create_app()).get("/healthz", headers={"Origin": "https://lab.example"})
+    assert answer.headers["access-control-allow-origin"] == "https://lab.example"
+    assert answer.headers["access-control-expose-headers"] == "*"
 
 
 # --- the OpenAPI document -------------------------------------------------------------------------------------------
