@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     threads: int | None = None
     """CPU threads of a worker's models; null leaves the choice to torch."""
 
+    webhook_allow_private: bool = False
+    """Whether webhooks may go to private, loopback, link-local and reserved addresses."""
+
     cors_origins: list[str] = []
 
     @property

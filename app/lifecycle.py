@@ -23,6 +23,7 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app import webhooks
 from app.config import settings
 from app.errors import IllegalMove
 from app.models import PHASES, Dataset, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
@@ -287,6 +288,7 @@ def _requeue(session: Session, job: Job) -> None:
 
 def _end(session: Session, job: Job, status: str) -> None:
     job.status, job.finished_at, job.lease_expires_at, job.worker = status, now(), None, None
+    webhooks.note_end(session, job)
     session.flush()
 
 

@@ -276,6 +276,42 @@ class Checkpoint(Base):
         return f"checkpoints/{self.id}.tar"
 
 
+class WebhookDelivery(Base):
+    """A call to make, or made, to the URL that a job's spec names; the states are drawn in app/webhooks.py."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status"),
+        Index("ix_webhook_deliveries_due", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    """Sent as `webhook-id`."""
+    tenant: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    type: Mapped[str] = mapped_column(String(64))
+    url: Mapped[str] = mapped_column(String(2000))
+    payload: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    next_attempt_at: Mapped[datetime]
+    """By PostgreSQL's clock. While a call is being sent: when the sender's claim runs out."""
+    last_status: Mapped[int | None] = mapped_column(Integer)
+    last_error: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    delivered_at: Mapped[datetime | None]
+
+
+class WebhookSecret(Base):
+    """What signs a tenant's webhooks; it has to be kept as it is, because signing needs it."""
+
+    __tablename__ = "webhook_secrets"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    secret: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class IdempotencyKey(Base):
     """The answer to a POST that carried an Idempotency-Key, kept so that sending it again is harmless."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
+import httpx
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 DEFAULT_STUDENT = "all-MiniLM-L6-v2"
@@ -240,6 +241,31 @@ class Budget(Options):
     """Claim no further shard of train rows once labeling has taken this long, added up over all workers."""
 
 
+def _http_url(value: str) -> str:
+    try:
+        url = httpx.URL(value)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"is not a URL: {error}") from None
+    if url.scheme not in ("http", "https"):
+        raise ValueError("must begin with https:// or http://")
+    if not re.fullmatch(r"[A-Za-z0-9._\-]+|[0-9A-Fa-f:.]+", url.raw_host.decode()):
+        raise ValueError("has no host, or one that cannot be")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise ValueError("has a port outside 1 to 65535")
+    if url.userinfo:
+        raise ValueError("carries credentials; remove them, calls are signed instead")
+    if "#" in value:
+        raise ValueError("has a fragment, which is never sent; remove it")
+    return value
+
+
+class Webhook(Options):
+    """Whom to tell when the job has ended, by a signed POST (standardwebhooks.com)."""
+
+    url: Annotated[Text, Field(max_length=2000), AfterValidator(_http_url)]
+    """An http or https URL without credentials or fragment, on a public address."""
+
+
 def _small_metadata(value: dict[str, str]) -> dict[str, str]:
     if len(value) > 16:
         raise ValueError(f"holds {len(value)} pairs; at most 16 are kept")
@@ -273,6 +299,8 @@ class JobSpec(Options):
     training: Annotated[Training, Field(validate_default=True)] = Training()
     budget: Budget = Budget()
     metadata: Metadata = {}
+    webhook: Webhook | None = None
+    """Called when the job has succeeded, failed or been cancelled."""
 
     @field_validator("training")
     @classmethod

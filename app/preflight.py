@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from app import labels, pretrained
+from app import labels, pretrained, webhooks
 from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
@@ -37,6 +37,7 @@ class _Faults(list[Fault]):
 def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> Plan:
     """The plan of a job that can succeed. Raises InvalidSpec with every reason why it cannot."""
     faults = _Faults()
+    _check_webhook(spec, settings, faults)  # before the datasets are held: a name may take a while to resolve
     datasets = _datasets(session, tenant, spec, faults)
     chosen = _labels(spec, datasets.get("train"), faults)
     warnings = _check_held_out(datasets, chosen, faults)
@@ -59,6 +60,15 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
         splits_to_label=["train", *scored],
         warnings=warnings,
     )
+
+
+def _check_webhook(spec: JobSpec, settings: Settings, faults: _Faults) -> None:
+    if spec.webhook is not None and not settings.webhook_allow_private and webhooks.leads_inside(spec.webhook.url):
+        faults.note(
+            "/webhook/url",
+            "webhook_not_public",
+            "leads to a private, loopback, link-local or reserved address; name a host that is reached from the internet",
+        )
 
 
 def _datasets(session: Session, tenant: str, spec: JobSpec, faults: _Faults) -> dict[str, Dataset]:

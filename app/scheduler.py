@@ -1,12 +1,14 @@
 """The scheduler: every few seconds it sets going again what a lost worker or a lost message has left behind.
 
-Any number of schedulers may run; a lock in the database lets one of them sweep at a time.
+Any number of schedulers may run; a lock in the database lets one of them sweep at a time. Beside the sweep each sends
+webhooks, in a thread of its own, so that slow receivers hold up no job.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from typing import NoReturn
 
@@ -17,7 +19,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import lifecycle
+from app import lifecycle, webhooks
 from app.config import settings
 from app.db import session_scope
 from app.queue import QUEUES, producer
@@ -32,6 +34,7 @@ def run() -> NoReturn:
     """Sweep until SIGTERM or Ctrl-C. A database or broker that is away is waited for."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
+    threading.Thread(target=send_webhooks, name="webhooks", daemon=True).start()
     while True:
         try:
             if touched := sweep():
@@ -48,6 +51,19 @@ def sweep() -> int:
         if not session.scalar(select(func.pg_try_advisory_xact_lock(SWEEP_LOCK))):
             return 0
         return lifecycle.sweep(session, idle)
+
+
+def send_webhooks() -> NoReturn:
+    """Send what is due, again and again. A thread that ended would end all webhooks, so no error ends it."""
+    while True:
+        try:
+            while sent := webhooks.deliver():
+                log.info("webhooks_sent", calls=sent)
+        except SQLAlchemyError as error:
+            log.warning("database_unreachable", error=str(error))
+        except Exception:
+            log.exception("webhooks_failed")
+        time.sleep(settings().sweep_seconds)
 
 
 def is_empty(queue: str) -> bool:

@@ -294,6 +294,7 @@ OPTION_TABLES = {
     "`student`": options.Student,
     "`training`": options.Training,
     "`budget`": options.Budget,
+    "`webhook`": options.Webhook,
     **{f"`teacher`: `{kind}`": entry for kind, entry in TEACHER_KINDS.items()},
     **{f"`method`: `{kind}`": entry for kind, entry in METHOD_KINDS.items()},
 }

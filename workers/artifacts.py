@@ -108,7 +108,9 @@ def publish_checkpoint(
         save_student(student, folder)
         facts = {
             "checkpoint_id": checkpoint_id, "job_id": job.id, "step": step, "epoch": epoch, "metrics": metrics,
-            "evaluation": evaluation, "selection": selection, "teacher": teacher, "spec": job.spec,
+            "evaluation": evaluation, "selection": selection, "teacher": teacher,
+            # Checkpoints are passed on; a webhook's URL may be known to its owner alone.
+            "spec": {name: value for name, value in job.spec.items() if name != "webhook"},
             "dataset": {"id": dataset.id, "sha256": dataset.sha256, "rows": dataset.rows},
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

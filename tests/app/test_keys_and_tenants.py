@@ -13,7 +13,7 @@ from sqlalchemy import Engine, text
 from app import keys
 from app.db import session_scope
 from app.main import ROUTERS
-from app.models import ApiKey, Checkpoint, Job, new_id, now
+from app.models import ApiKey, Checkpoint, Job, WebhookDelivery, new_id, now
 from tests.support import add_dataset, new_key, sentences, submit, tiny_spec
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
@@ -100,8 +100,13 @@ def test_everything_of_another_tenant_looks_as_if_it_did_not_exist(
 ) -> None:
     dataset_id = add_dataset(sentences(6, 1))
     job_id = submit(tiny_spec(dataset_id))
-    checkpoint_id = new_id("ckpt")
+    checkpoint_id, delivery_id = new_id("ckpt"), new_id("whd")
     with session_scope() as session:
+        session.add(
+            WebhookDelivery(
+                id=delivery_id, tenant="alice", job_id=job_id, type="job.failed", url="https://hooks.test", payload={}, next_attempt_at=now()
+            )
+        )  # fmt: skip
         session.add(
             Checkpoint(
                 id=checkpoint_id, tenant="alice", job_id=job_id, step=1, epoch=1, metrics={}, bytes=1, sha256="0" * 64, files=[]
@@ -109,7 +114,7 @@ def test_everything_of_another_tenant_looks_as_if_it_did_not_exist(
         )  # fmt: skip
         session.flush()
         session.get_one(Job, job_id).best_checkpoint_id = checkpoint_id
-    ids = {"job_id": job_id, "dataset_id": dataset_id, "checkpoint_id": checkpoint_id}
+    ids = {"job_id": job_id, "dataset_id": dataset_id, "checkpoint_id": checkpoint_id, "delivery_id": delivery_id}
     with_ids = [(method, path) for method, path in routes() if "{" in path]
     assert len(with_ids) > 12
     for method, path in with_ids:

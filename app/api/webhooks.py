@@ -1,0 +1,78 @@
+"""Webhooks over HTTP: the secret that signs them, what became of each call, and sending one again."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from sqlalchemy import select
+
+from app import webhooks
+from app.api.deps import PageDep, SessionDep, TenantDep, newest_first, owned, problems
+from app.api.schemas import PageRead, Read
+from app.errors import NotFound, Unauthorized
+from app.models import Job, WebhookDelivery
+
+router = APIRouter(tags=["webhooks"])
+
+
+class SecretRead(Read):
+    secret: str
+    """`whsec_…`: give it to your receiver's Standard Webhooks library."""
+
+
+class DeliveryRead(Read):
+    """One call and what became of it."""
+
+    id: str
+    """Sent as `webhook-id`, the same at every attempt."""
+    job_id: str
+    type: str
+    url: str
+    payload: dict[str, Any]
+    status: Literal["pending", "delivered", "failed"]
+    attempts: int
+    next_attempt_at: datetime | None
+    """Null when no attempt is to come."""
+    last_status: int | None
+    """HTTP status of the last answer; null when none came."""
+    last_error: str | None
+    created_at: datetime
+    delivered_at: datetime | None
+
+    @classmethod
+    def of(cls, delivery: WebhookDelivery) -> DeliveryRead:
+        """The call as its owner sees it."""
+        read = cls.model_validate(delivery)
+        return read if read.status == "pending" else read.model_copy(update={"next_attempt_at": None})
+
+
+@router.get("/webhooks/secret", response_model=SecretRead, responses=problems(Unauthorized))
+def read_secret(session: SessionDep, tenant: TenantDep) -> SecretRead:
+    """The secret that signs your webhooks; made at the first call."""
+    return SecretRead(secret=webhooks.secret_of(session, tenant))
+
+
+@router.get(
+    "/jobs/{job_id}/deliveries", response_model=PageRead[DeliveryRead], responses=problems(Unauthorized, NotFound)
+)
+def list_deliveries(job_id: str, session: SessionDep, tenant: TenantDep, page: PageDep) -> dict[str, Any]:
+    """The webhook calls of a job, newest first."""
+    job = owned(session, Job, job_id, tenant)
+    query = select(WebhookDelivery).where(WebhookDelivery.job_id == job.id)
+    found = newest_first(session, query, WebhookDelivery, page)
+    return {**found, "data": [DeliveryRead.of(delivery) for delivery in found["data"]]}
+
+
+@router.post(
+    "/webhooks/deliveries/{delivery_id}/redeliver",
+    status_code=202,
+    response_model=DeliveryRead,
+    responses=problems(Unauthorized, NotFound),
+)
+def redeliver(delivery_id: str, session: SessionDep, tenant: TenantDep) -> DeliveryRead:
+    """Send a call again, under the same id."""
+    delivery = owned(session, WebhookDelivery, delivery_id, tenant)
+    webhooks.redeliver(session, delivery)
+    return DeliveryRead.of(delivery)
