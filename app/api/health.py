@@ -45,7 +45,7 @@ def readyz() -> Any:
 def metrics() -> Response:
     """Figures for Prometheus."""
     with session_scope() as session:
-        counts = dict(row._t for row in session.execute(select(Job.status, func.count()).group_by(Job.status)))
+        counts = dict(row._tuple() for row in session.execute(select(Job.status, func.count()).group_by(Job.status)))
     for status in JOB_STATUSES:
         JOBS.labels(status).set(counts.get(status, 0))
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
