@@ -4,7 +4,7 @@
 
 Both train the bundled student for one epoch on the same rows, with the same batch size, in the same process and in turn;
 medians over the rounds. LLKD's time includes the passes without gradients that choose the rows. Its share of selected
-rows is what the rule selects from a warm start: the student first trains on the rows once, outside the clock.
+rows is what the rule selects once its warm-up is over: the student first trains on the rows, outside the clock.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def main() -> None:
     warm = one_epoch(copy.deepcopy(student), pool, held_out, names, options.NoSelection(kind="no_selection"))[1]
     times: dict[str, list[float]] = {"LLKD": [], "no_selection, our loop": [], "transformers.Trainer": []}
     ratio = 0.0
+    settled = options.LLKD(kind="llkd", warm_up="none")
     for _ in range(arguments.rounds):
-        seconds, _, ratio = one_epoch(copy.deepcopy(warm), pool, held_out, names, options.LLKD(kind="llkd"))
+        seconds, _, ratio = one_epoch(copy.deepcopy(warm), pool, held_out, names, settled)
         times["LLKD"].append(seconds)
         seconds, _, _ = one_epoch(copy.deepcopy(warm), pool, held_out, names, options.NoSelection(kind="no_selection"))
         times["no_selection, our loop"].append(seconds)
