@@ -19,7 +19,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -370,15 +370,22 @@ def _apply_budget(session: Session, job: Job) -> None:
             )  # fmt: skip
 
 
+def _still_held(shard: LabelShard) -> tuple[ColumnElement[bool], ...]:
+    """The shard's row, while it is claimed by the very attempt that `shard` was read in: the fence of every write."""
+    return (
+        LabelShard.label_set_id == shard.label_set_id,
+        LabelShard.index == shard.index,
+        LabelShard.attempt == shard.attempt,
+        LabelShard.status == "claimed",
+    )
+
+
 def renew_shard(session: Session, job_id: str, shard: LabelShard) -> None:
     """Keep a shard. Raises LeaseLost when it, or the job, is no longer to be worked on."""
     renewed = session.execute(
         update(LabelShard)
         .where(
-            LabelShard.label_set_id == shard.label_set_id,
-            LabelShard.index == shard.index,
-            LabelShard.attempt == shard.attempt,
-            LabelShard.status == "claimed",
+            *_still_held(shard),
             select(Job.id).where(Job.id == job_id, Job.status.in_(LABELED)).exists(),
         )
         .values(lease_expires_at=_lease())
@@ -393,10 +400,7 @@ def release_shard(session: Session, shard: LabelShard) -> None:
     session.execute(
         update(LabelShard)
         .where(
-            LabelShard.label_set_id == shard.label_set_id,
-            LabelShard.index == shard.index,
-            LabelShard.attempt == shard.attempt,
-            LabelShard.status == "claimed",
+            *_still_held(shard),
         )
         .values(status="pending", lease_expires_at=None, worker=None)
         .execution_options(synchronize_session=False)
@@ -411,10 +415,7 @@ def finish_shard(session: Session, job_id: str, shard: LabelShard, figures: dict
     finished = session.execute(
         update(LabelShard)
         .where(
-            LabelShard.label_set_id == shard.label_set_id,
-            LabelShard.index == shard.index,
-            LabelShard.attempt == shard.attempt,
-            LabelShard.status == "claimed",
+            *_still_held(shard),
         )
         .values(status="done", lease_expires_at=None, **figures)
         .execution_options(synchronize_session=False)

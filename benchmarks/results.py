@@ -243,7 +243,7 @@ def document(outcome: dict[str, Any]) -> str:
     """docs/results.md."""
     options, runs = outcome["options"], outcome["runs"]
     lines = [
-        "# Results: every method on three real data sets",
+        "# Results on real data sets",
         "",
         "Made through the HTTP API by `python -m benchmarks.results"
         f" --rows {options['rows']} --epochs {options['epochs']} --seeds {options['seeds']} --shots {options['shots']}"
