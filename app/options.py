@@ -80,6 +80,37 @@ class EmbeddingTeacher(Options):
         return value
 
 
+class LLMTeacher(Options):
+    """What the teachers that prompt a language model have in common."""
+
+    instruction: Annotated[Text, Field(min_length=1, max_length=20_000)] | None = None
+    """What the model is told before the list of labels; null is a sentence that asks for the label alone."""
+    examples: Annotated[list[Example], Field(max_length=500)] = []
+    """Few-shot examples, shown in this order."""
+    verbalised: dict[Annotated[Text, Field(max_length=200)], Annotated[Text, Field(max_length=200)]] = {}
+    """How a label is written in the prompt and in the answer, by its name; a label not named here is written as it is."""
+    template: Literal["1"] = "1"
+    """The wording around instruction, labels, examples and row. A new wording gets a new number and misses the cache."""
+    score_held_out: bool = True
+    """Also label the validation and test sets: for the teacher's own scores, and for calibration."""
+
+    @field_validator("verbalised")
+    @classmethod
+    def _can_be_told_apart(cls, value: dict[str, str]) -> dict[str, str]:
+        written: dict[str, str] = {}
+        for name, words in value.items():
+            if not words.strip() or words != words.strip():
+                raise ValueError(f"{name!r} is written as {words!r}; use words without spaces at the ends")
+            if words in written:
+                raise ValueError(f"{written[words]!r} and {name!r} are both written as {words!r}; tell them apart")
+            written[words] = name
+        return value
+
+    def written(self, name: str) -> str:
+        """How the label of this name stands in the prompt and in the answer."""
+        return self.verbalised.get(name, name.strip())
+
+
 class DatasetTeacher(Options):
     """The dataset's own labels: a label, a label with a confidence, or the whole distribution of each row."""
 

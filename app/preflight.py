@@ -10,7 +10,7 @@ from app import labels, pretrained, webhooks
 from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
-from app.options import DatasetTeacher, JobSpec, Label
+from app.options import DatasetTeacher, JobSpec, Label, LLMTeacher
 
 MIN_ROWS = 2
 SPLIT_FIELDS = {"train": "dataset_id", "validation": "validation_dataset_id", "test": "test_dataset_id"}
@@ -115,6 +115,8 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: _Faults) -> list[Label
                 f"name the classes: a teacher of kind {spec.teacher.kind!r} has to choose among them",
             )
         _check_examples(spec, faults)
+        if isinstance(spec.teacher, LLMTeacher):
+            _check_verbalised(spec.teacher, spec.labels, faults)
         return spec.labels
     if train is None:
         return spec.labels
@@ -161,6 +163,26 @@ def _check_examples(spec: JobSpec, faults: _Faults) -> None:
                 "unknown_label",
                 f"{example.label!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`",
             )
+
+
+def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: _Faults) -> None:
+    """Every label is written in words of its own."""
+    names = {label.name for label in chosen}
+    for name in sorted(set(teacher.verbalised) - names if names else ()):
+        faults.note(
+            "/teacher/verbalised", "unknown_label",
+            f"{name!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`",
+        )  # fmt: skip
+    seen: dict[str, str] = {}
+    for position, label in enumerate(chosen):
+        written = teacher.written(label.name)
+        if not written or written in seen:
+            other = f"as {seen[written]!r} is" if written else "with no words at all"
+            faults.note(
+                f"/labels/{position}", "labels_written_alike",
+                f"{label.name!r} is written {written!r}, {other}; say in teacher.verbalised how to tell them apart",
+            )  # fmt: skip
+        seen.setdefault(written, label.name)
 
 
 def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _Faults) -> list[dict[str, str]]:
