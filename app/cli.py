@@ -289,6 +289,8 @@ def submit(
 
 def upload_files(client: Client, spec: dict[str, Any], folder: Path) -> None:
     """Replace every dataset of the spec that is a path, taken from `folder`, by the id of its upload."""
+    from app.progress import transfer_progress
+
     for field in SPLIT_FIELDS:
         given = spec.get(field)
         if given is None or given.startswith("ds_"):
@@ -297,7 +299,8 @@ def upload_files(client: Client, spec: dict[str, Any], folder: Path) -> None:
         if not path.is_file():
             raise Mistake(f"{field}: there is no file {path}")
         try:
-            stored = client.upload(path)
+            with transfer_progress(err, "upload") as update:
+                stored = client.upload(path, update)
         except ValueError as error:
             raise Mistake(str(error)) from None
         err.print(escape(f"uploaded {path.name}: {stored['rows']:,} rows, {stored['id']}"))
@@ -381,10 +384,10 @@ def download(
 ) -> None:
     """Download a checkpoint, check its SHA-256, and unpack it. Started again, it goes on where it broke off."""
     from app.client import unpack
-    from app.progress import download_progress
+    from app.progress import transfer_progress
 
     archive = output / f"{job_id}.tar"
-    with _client(url, key) as client, download_progress(err) as update:
+    with _client(url, key) as client, transfer_progress(err, "download") as update:
         client.download(job_id, archive, update)
     unpack(archive, output)
     archive.unlink()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
+import json
 import secrets
 import tarfile
 import time
@@ -29,7 +31,15 @@ MEDIA_TYPES = {
     ".parquet": "application/vnd.apache.parquet",
 }
 CHUNK_BYTES = 256 * 1024
+PART_BYTES = 8 * 1024 * 1024
+PARTS_ABOVE_BYTES = 32 * 1024 * 1024
+"""A larger file is uploaded in parts."""
 LONGEST_PAUSE = 30.0
+LONGEST_COMPLETION = 3600.0
+"""Seconds the server may take to check every row of an upload in parts."""
+
+OnProgress = Callable[[int, int], None]
+"""Gets bytes done and bytes in all."""
 
 
 class ApiError(Exception):
@@ -74,27 +84,86 @@ class Client:
 
     # --- datasets ---
 
-    def upload(self, path: Path, **options: Any) -> dict[str, Any]:
-        """Upload a JSONL, CSV, TSV or Parquet file, plain or `.gz`, without reading it into memory.
+    def upload(self, path: Path, on_progress: OnProgress | None = None, **options: Any) -> dict[str, Any]:
+        """Upload a JSONL, CSV, TSV or Parquet file, plain or `.gz`, without reading it into memory; the dataset.
 
-        `options` are the query of POST /datasets: name, text_column, text_pair_column, label_column, on_error.
-        Raises ValueError for another kind of file, ApiError when the server refuses it.
+        A large file goes in parts: what was sent before a cut is not sent again, also when another client, or this
+        program started anew, uploads the same file. `options` are the query of POST /datasets: name, text_column,
+        text_pair_column, label_column, on_error. Raises ValueError for another kind of file, ApiError when the server
+        refuses it.
         """
         gzipped = path.suffix == ".gz"
         kind = Path(path.stem).suffix if gzipped else path.suffix
         if kind not in MEDIA_TYPES:
             raise ValueError(f"{path.name}: the name must end in {', '.join(MEDIA_TYPES)}, or one of these and .gz")
+        parameters = {"name": path.name, **{name: value for name, value in options.items() if value is not None}}
+        size = path.stat().st_size
+        if size > PARTS_ABOVE_BYTES:
+            return self._upload_in_parts(path, size, {**parameters, "mime_type": MEDIA_TYPES[kind]}, on_progress)
         headers = {"Content-Type": MEDIA_TYPES[kind], "Idempotency-Key": secrets.token_hex(16)}
         if gzipped:
             headers["Content-Encoding"] = "gzip"
-        parameters = {"name": path.name, **{name: value for name, value in options.items() if value is not None}}
 
         def content() -> Iterator[bytes]:
             with path.open("rb") as stream:
                 while chunk := stream.read(CHUNK_BYTES):
                     yield chunk
+                    if on_progress is not None:
+                        on_progress(stream.tell(), size)
 
         return self._json("POST", "/datasets", params=parameters, headers=headers, make_content=content)
+
+    def _upload_in_parts(
+        self, path: Path, size: int, wish: dict[str, Any], on_progress: OnProgress | None
+    ) -> dict[str, Any]:
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        upload = self._pending_upload({**wish, "bytes": size, "sha256": sha256})
+        address = f"/uploads/{upload['id']}"
+        arrived = {part["number"]: part["sha256"] for part in upload["parts"]}
+        part_bytes = min(PART_BYTES, upload["max_part_bytes"])
+        with path.open("rb") as stream:
+            for number in itertools.count(1):
+                if not (part := stream.read(part_bytes)):
+                    break
+                digest = hashlib.sha256(part)
+                if arrived.get(number) != digest.hexdigest():
+                    headers = {
+                        "Content-Type": "application/octet-stream",
+                        "Content-Digest": f"sha-256=:{base64.b64encode(digest.digest()).decode()}:",
+                    }
+                    self._json(
+                        "POST", f"{address}/parts", params={"number": number}, headers=headers, content=part,
+                        repeatable=True,
+                    )  # fmt: skip
+                if on_progress is not None:
+                    on_progress(stream.tell(), size)
+        try:
+            timeout = httpx.Timeout(self.http.timeout.connect, read=LONGEST_COMPLETION)
+            return self._json("POST", f"{address}/complete", timeout=timeout, repeatable=True)
+        except ApiError as error:
+            if error.status == 422:  # what is wrong with the file stays wrong
+                self._json("POST", f"{address}/cancel")
+            raise
+
+    def _pending_upload(self, wish: dict[str, Any]) -> dict[str, Any]:
+        """The upload of this very file that an earlier try has begun, or a new one.
+
+        The Idempotency-Key is made of the file, so the server finds the earlier one by itself.
+        """
+        facts = json.dumps([sorted(wish.items()), PART_BYTES])
+        for number in itertools.count():
+            key = hashlib.sha256(f"{facts} {number}".encode()).hexdigest()
+            begun = self._json("POST", "/uploads", json=wish, headers={"Idempotency-Key": key})
+            try:
+                upload = self._json("GET", f"/uploads/{begun['id']}")
+            except ApiError as error:
+                if error.status != 404:  # it has expired
+                    raise
+                continue
+            if upload["status"] == "pending":
+                return upload
+        raise AssertionError("unreachable")
 
     def dataset(self, dataset_id: str) -> dict[str, Any]:
         """One dataset."""
@@ -163,7 +232,7 @@ class Client:
         """One checkpoint: scores, size, files."""
         return self._json("GET", f"/checkpoints/{checkpoint_id}")
 
-    def download(self, id: str, path: Path, on_progress: Callable[[int, int], None] | None = None) -> Path:
+    def download(self, id: str, path: Path, on_progress: OnProgress | None = None) -> Path:
         """Save a checkpoint, or the best one of a job, as a tar at `path`; goes on where an earlier try broke off.
 
         `on_progress` gets bytes done and in all. Raises ApiError, and DownloadDamaged when the SHA-256 is wrong.
@@ -192,7 +261,7 @@ class Client:
 
     def _fetch(
         self, address: str, partial: Path, done: int, size: int, etag: str,
-        on_progress: Callable[[int, int], None] | None,
+        on_progress: OnProgress | None,
     ) -> None:  # fmt: skip
         headers = {"Range": f"bytes={done}-", "If-Range": etag} if done else {}
         with self.http.stream("GET", address, headers=headers) as answer:
@@ -220,20 +289,22 @@ class Client:
         return answer
 
     def _request(
-        self, method: str, address: str, *, make_content: Callable[[], Iterator[bytes]] | None = None, **arguments: Any
-    ) -> httpx.Response:
+        self, method: str, address: str, *, make_content: Callable[[], Iterator[bytes]] | None = None,
+        repeatable: bool = False, **arguments: Any,
+    ) -> httpx.Response:  # fmt: skip
         """Call, and call again after 429, 503, and a lost connection unless that could do the thing twice.
 
         A server that has never answered is not waited for: its address is more likely wrong.
         """
-        repeatable = method in ("GET", "HEAD") or "Idempotency-Key" in (arguments.get("headers") or {})
+        repeatable = repeatable or method in ("GET", "HEAD") or "Idempotency-Key" in (arguments.get("headers") or {})
         failures = 0
         while True:
             failures += 1
             last = failures > self.retries
             try:
-                content = make_content() if make_content else None
-                answer = self.http.request(method, address, content=content, **arguments)
+                if make_content is not None:
+                    arguments["content"] = make_content()
+                answer = self.http.request(method, address, **arguments)
             except httpx.TransportError as error:
                 unsent = isinstance(error, httpx.ConnectError)
                 if last or not (self._has_answered if unsent else repeatable):

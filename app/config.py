@@ -38,6 +38,10 @@ class Settings(BaseSettings):
     max_rows: int = 20_000_000
     max_columns: int = 1000
     max_text_characters: int = 200_000
+    max_part_bytes: int = Field(64 * MIB, ge=1)
+    """Bytes of one part of an upload in parts."""
+    upload_expires_seconds: float = Field(24 * 3600.0, gt=0)
+    """An upload in parts that nobody goes on with for this long is removed."""
 
     shard_rows: int = Field(512, ge=1)
     """Rows a worker claims at a time for labeling."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.config import settings
@@ -52,3 +52,19 @@ def session_scope() -> Iterator[Session]:
         raise
     finally:
         session.close()
+
+
+@contextmanager
+def try_lock(name: str) -> Iterator[bool]:
+    """Whether this block alone, in all processes, holds the lock of that name; without a transaction, so it may be long.
+
+    PostgreSQL lets go of it when the block ends or the process dies.
+    """
+    key = func.hashtextextended(name, 0)
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        held = bool(connection.scalar(select(func.pg_try_advisory_lock(key))))
+        try:
+            yield held
+        finally:
+            if held:
+                connection.execute(select(func.pg_advisory_unlock(key)))

@@ -8,7 +8,7 @@
     ├── TooLarge 413
     ├── UnsupportedMedia 415
     ├── RangeNotSatisfiable 416
-    ├── Unprocessable 422       InvalidRows, InvalidSpec, KeyReused
+    ├── Unprocessable 422       DigestMismatch, InvalidRows, InvalidSpec, KeyReused
     └── Unavailable 503
 
 A class is a situation; its docstring is the default sentence the client reads.
@@ -136,6 +136,12 @@ class Unprocessable(Problem):
     """The request is well-formed but cannot be carried out."""
 
     status, code = 422, "unprocessable"
+
+
+class DigestMismatch(Unprocessable):
+    """What arrived is not what was sent."""
+
+    code = "digest_mismatch"
 
 
 class InvalidRows(Unprocessable):

@@ -17,14 +17,16 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
-from app.api import checkpoints, datasets, health, jobs, webhooks
+from app.api import checkpoints, datasets, health, jobs, transfers, webhooks
 from app.config import settings
 from app.models import new_id
 
-ROUTERS = [datasets.router, jobs.router, checkpoints.router, webhooks.router, health.router]
+ROUTERS = [datasets.router, transfers.router, jobs.router, checkpoints.router, webhooks.router, health.router]
 WEB = Path(__file__).parent / "web"
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Of a request that uploads no file."""
+UPLOADS = re.compile(r"/datasets|/uploads/[^/]*/parts")
+"""Paths whose POST takes a file, or a part of one, and limits it itself."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
 
 REQUESTS = Counter("understudy_http_requests", "Requests answered.", ["method", "route", "status"])
@@ -95,7 +97,7 @@ class BodyLimit:
                 raise errors.TooLarge(f"The body is larger than {MAX_BODY_BYTES:,} bytes, the most this route accepts.")
             return message
 
-        uploads = scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", "/datasets")
+        uploads = scope["type"] == "http" and scope["method"] == "POST" and UPLOADS.fullmatch(scope["path"])
         await self.app(scope, receive if uploads else counted, send)
 
 

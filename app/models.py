@@ -101,6 +101,49 @@ class Dataset(Base):
         return f"datasets/{self.id}/rows.parquet"
 
 
+class Upload(Base):
+    """A file on its way, part by part; the states are drawn in app/api/transfers.py."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (CheckConstraint("status IN ('pending', 'completed', 'cancelled')", name="status"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), index=True)
+    name: Mapped[str] = mapped_column(String(300))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    format: Mapped[str] = mapped_column(String(16))
+    sha256: Mapped[str | None] = mapped_column(String(64))
+    options: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    dataset_id: Mapped[str | None] = mapped_column(String(40))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+    parts: Mapped[list[UploadPart]] = relationship(order_by="UploadPart.number", lazy="selectin", viewonly=True)
+
+    @property
+    def folder(self) -> str:
+        """Where the parts lie in the storage."""
+        return f"uploads/{self.id}"
+
+
+class UploadPart(Base):
+    """A part that has arrived."""
+
+    __tablename__ = "upload_parts"
+
+    upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[str] = mapped_column(String(40))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    @property
+    def key(self) -> str:
+        """Where the part lies in the storage; sent again, it is another file."""
+        return f"uploads/{self.upload_id}/{self.id}"
+
+
 class LabelSet(Base):
     """What one teacher says about a job's rows; filled shard by shard, kept as Parquet under `labels/<id>/`."""
 

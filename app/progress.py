@@ -70,11 +70,11 @@ class JobProgress:
 
 
 @contextmanager
-def download_progress(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar for one download; call what is yielded with the bytes done and in all."""
-    columns = (TextColumn("download  "), BarColumn(bar_width=30), DownloadColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("download", total=None)
+def transfer_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for one upload or download; call what is yielded with the bytes done and in all."""
+    columns = (TextColumn("{task.description:<10}"), BarColumn(bar_width=30), DownloadColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from app.cli import upload_files
 from app.client import Client, unpack
 from app.embedded import free_port
-from app.progress import JobProgress, download_progress, scores_table
+from app.progress import JobProgress, scores_table, transfer_progress
 
 TICKETS = Path(__file__).parent / "tickets"
 OUTPUT = Path("demo-output").resolve()
@@ -61,7 +61,7 @@ def main() -> int:
             console.print(f"[red]The job has {job['status']}{reason}[/]\nLogs are in {OUTPUT}/data/logs")
             return 1
         console.print("[bold]4[/] Downloading the checkpoint.")
-        with download_progress(console) as update:
+        with transfer_progress(console, "download") as update:
             archive = client.download(job_id, OUTPUT / "checkpoint.tar", update)
         unpack(archive, OUTPUT / "checkpoint")
     console.print("[bold]5[/] Stopped the service. The checkpoint works without it:")

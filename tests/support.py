@@ -7,16 +7,19 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from sqlalchemy import func, select, text
 
 from app import keys, lifecycle, preflight, records
 from app.config import settings
 from app.db import session_scope
+from app.embedded import free_port
 from app.models import Base, Dataset, Job, LabelShard, new_id
 from app.options import JobSpec
 from app.storage import sha256_of, storage
@@ -45,6 +48,23 @@ def wait_until(claim: Callable[[], bool], seconds: float = 10.0, what: str = "")
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:g} s in vain{': ' + what if what else ''}")
         time.sleep(0.05)
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    """The API under uvicorn, in a thread."""
+    from app.main import create_app
+
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    try:
+        wait_until(lambda: server.started, what="the server starts")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
 
 
 # --- own data -------------------------------------------------------------------------------------------------------

@@ -22,16 +22,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import uvicorn
 from pydantic import TypeAdapter
 from sqlalchemy import Engine, select
 
 from app import main, options
 from app.db import session_scope
-from app.embedded import free_port
 from app.errors import TITLES, Problem
 from app.models import PHASES, Job, JobMetric
-from tests.support import label, new_key, wait_until
+from tests.support import label, new_key, serving
 from workers import tasks
 from workers.algorithms.selection import RULES
 from workers.training.distill import LEDGER_REASONS, make_rule
@@ -109,21 +107,6 @@ def reader(database: Engine, tmp_path: Path) -> Iterator[tuple[Path, str]]:
 def shortened(text: str) -> str:
     """The same job with one epoch of a one-layer student."""
     return re.sub(r'"(epochs|num_layers)": \d+', r'"\1": 1', text)
-
-
-@contextmanager
-def serving() -> Iterator[str]:
-    """The API under uvicorn, in a thread."""
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(main.create_app(), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, name="server")
-    thread.start()
-    try:
-        wait_until(lambda: server.started, what="the server starts")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +34,7 @@ from app.api.deps import (
     request_hash,
 )
 from app.api.schemas import PageRead, Read
-from app.api.uploads import CONTENT_TYPES, Upload, receive
+from app.api.uploads import CONTENT_TYPES, ReceivedFile, receive
 from app.config import Settings
 from app.db import session_scope
 from app.errors import (
@@ -168,57 +170,75 @@ async def create_dataset(
     idempotency_key: IdempotencyDep = None,
 ) -> Response:
     """Upload a dataset. Every row is checked; one answer names all that is wrong, line by line."""
+    with telling_of_a_full_disk(), TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
+        path = Path(directory) / "upload"
+        file = await receive(request, path, name=options.name, most_bytes=settings.max_upload_bytes)
+        return await run_in_threadpool(_store, request, tenant, storage, settings, options, file, idempotency_key)
+
+
+def _store(
+    request: Request, tenant: str, storage: Storage, settings: Settings, options: UploadOptions, file: ReceivedFile,
+    idempotency_key: str | None,
+) -> Response:  # fmt: skip
+    with stored_rows(tenant, storage, settings, options, file) as keep, session_scope() as session:
+        return idempotent(
+            session, request, tenant, idempotency_key, request_hash(file.sha256, file.format, vars(options)),
+            lambda: DatasetRead.model_validate(keep(session)), status=201,
+            headers=lambda body: {"Location": f"/datasets/{body['id']}"},
+        )  # fmt: skip
+
+
+@contextmanager
+def stored_rows(
+    tenant: str, storage: Storage, settings: Settings, options: UploadOptions, file: ReceivedFile
+) -> Iterator[Callable[[Session], Dataset]]:
+    """Check every row of a received file and store them; what is yielded adds the dataset's row, in your transaction.
+
+    File first, row second: a file without a row is harmless, a row without its file is not. Rows that no dataset was
+    added for are removed again. Raises InvalidRows and its kin.
+    """
+    limits = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
+    rows = file.path.with_name("rows.parquet")
+    columns, on_error = options.columns(), options.on_error
+    ingest = records.ingest_apart if file.format == "parquet" else records.ingest
+    found = ingest(file.path, rows, format=file.format, columns=columns, on_error=on_error, limits=limits)
+
+    dataset = Dataset(
+        id=new_id("ds"), tenant=tenant, name=options.name or _name_of(file), rows=found.rows, bytes=file.bytes,
+        sha256=file.sha256, columns=found.columns, label_counts=found.label_counts, duplicates=found.duplicates,
+        skipped=found.skipped, has_text_pair=found.has_text_pair, warnings=list(found.warnings), created_at=now(),
+    )  # fmt: skip
+    kept = False
+
+    def keep(session: Session) -> Dataset:
+        nonlocal kept
+        kept = True
+        session.add(dataset)
+        session.flush()
+        return dataset
+
+    storage.put(dataset.key, rows)
     try:
-        with TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
-            path = Path(directory) / "upload"
-            upload = await receive(request, path, name=options.name, most_bytes=settings.max_upload_bytes)
-            return await run_in_threadpool(_store, request, tenant, storage, settings, options, upload, idempotency_key)
+        yield keep
+    finally:
+        if not kept:
+            storage.delete(dataset.key)
+
+
+@contextmanager
+def telling_of_a_full_disk() -> Iterator[None]:
+    """A disk that is full is told as what it is. Raises Unavailable."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Unavailable("The server has no room for this upload just now; try again later.") from error
         raise
 
 
-def _store(
-    request: Request, tenant: str, storage: Storage, settings: Settings, options: UploadOptions, upload: Upload,
-    idempotency_key: str | None,
-) -> Response:  # fmt: skip
-    limits = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
-    rows = upload.path.with_name("rows.parquet")
-    columns, on_error = options.columns(), options.on_error
-    ingest = records.ingest_apart if upload.format == "parquet" else records.ingest
-    found = ingest(upload.path, rows, format=upload.format, columns=columns, on_error=on_error, limits=limits)
-
-    dataset = Dataset(
-        id=new_id("ds"), tenant=tenant, name=options.name or _name_of(upload), rows=found.rows, bytes=upload.bytes,
-        sha256=upload.sha256, columns=found.columns, label_counts=found.label_counts, duplicates=found.duplicates,
-        skipped=found.skipped, has_text_pair=found.has_text_pair, warnings=list(found.warnings), created_at=now(),
-    )  # fmt: skip
-    added = False
-
-    def add() -> DatasetRead:
-        nonlocal added
-        added = True
-        session.add(dataset)
-        session.flush()
-        return DatasetRead.model_validate(dataset)
-
-    # File first, row second: a file without a row is harmless, a row without its file is not.
-    storage.put(dataset.key, rows)
-    try:
-        with session_scope() as session:
-            return idempotent(
-                session, request, tenant, idempotency_key, request_hash(upload.sha256, upload.format, vars(options)),
-                add, status=201, headers=lambda body: {"Location": f"/datasets/{body['id']}"},
-            )  # fmt: skip
-    finally:
-        if not added:
-            storage.delete(dataset.key)
-
-
-def _name_of(upload: Upload) -> str:
-    name = (upload.file_name or "").replace("\\", "/").rpartition("/")[2].replace("\x00", "").strip()
-    return name[:300] or f"dataset.{upload.format}"
+def _name_of(file: ReceivedFile) -> str:
+    name = (file.file_name or "").replace("\\", "/").rpartition("/")[2].replace("\x00", "").strip()
+    return name[:300] or f"dataset.{file.format}"
 
 
 @router.get("", response_model=PageRead[DatasetRead], responses=problems(Unauthorized, Unprocessable))

@@ -1,4 +1,4 @@
-"""Receives an uploaded file: from the request's body, raw or multipart, straight to disk and never into memory."""
+"""Receives a file, or a part of one: from the request's body, raw or multipart, to disk and never into memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Upload:
+class ReceivedFile:
     """A file that has arrived, byte for byte as it was sent."""
 
     path: Path
@@ -48,7 +48,7 @@ class Upload:
     sha256: str
 
 
-async def receive(request: Request, path: Path, *, name: str | None, most_bytes: int) -> Upload:
+async def receive(request: Request, path: Path, *, name: str | None, most_bytes: int) -> ReceivedFile:
     """Write the request's file to `path`. `name` hints at the format where the Content-Type does not tell it.
 
     Raises TooLarge as soon as the limit is passed, UnsupportedMedia before the first byte is read where that can be
@@ -57,9 +57,7 @@ async def receive(request: Request, path: Path, *, name: str | None, most_bytes:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", ""):
         raise UnsupportedMedia(f"Content-Encoding {encoding[:50]!r} is not taken. {ACCEPTED}")
-    length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length) > most_bytes + MULTIPART_OVERHEAD_BYTES:
-        raise _too_large(most_bytes)
+    _refuse_by_length(request, most_bytes + MULTIPART_OVERHEAD_BYTES, most_bytes)
     kind, parameters = parse_options_header(request.headers.get("content-type"))
     try:
         with path.open("wb") as file:
@@ -75,7 +73,28 @@ async def receive(request: Request, path: Path, *, name: str | None, most_bytes:
         raise BadRequest("The upload broke off.") from None
     if not spool.bytes:
         raise EmptyFile("The file is empty.")
-    return Upload(path, format, file_name, spool.bytes, spool.digest.hexdigest())
+    return ReceivedFile(path, format, file_name, spool.bytes, spool.digest.hexdigest())
+
+
+async def receive_part(request: Request, path: Path, *, most_bytes: int) -> tuple[int, str]:
+    """Write the request's raw body to `path`, whatever it holds; how many bytes came, and their SHA-256 in hex.
+
+    Raises TooLarge as soon as the limit is passed, and BadRequest when the client goes away.
+    """
+    _refuse_by_length(request, most_bytes, most_bytes)
+    try:
+        with path.open("wb") as file:
+            spool = Spool(file.write, most_bytes)
+            await _pump(request.stream(), spool.write, spool)
+    except ClientDisconnect:
+        raise BadRequest("The part broke off; send it again.") from None
+    return spool.bytes, spool.digest.hexdigest()
+
+
+def _refuse_by_length(request: Request, most_sent: int, most_bytes: int) -> None:
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length) > most_sent:
+        raise _too_large(most_bytes)
 
 
 def format_of(content_type: str, file_name: str | None) -> Format:
