@@ -55,6 +55,15 @@ class Settings(BaseSettings):
     """A job, or a shard, that has lost this many workers fails."""
     resume_every_seconds: float = Field(60.0, gt=0)
     """How often a running training saves the state it would resume from."""
+    retain_jobs_days: float | None = Field(None, gt=0)
+    """Jobs that ended longer ago are deleted, with their checkpoints; null keeps them."""
+    retain_datasets_days: float | None = Field(None, gt=0)
+    """Datasets that no job uses and that are older are deleted; null keeps them."""
+    retain_tenant_bytes: int | None = Field(None, ge=0)
+    """Where a tenant's datasets and checkpoints take more, its oldest jobs that have ended, and datasets that no job
+    uses, are deleted; null keeps them."""
+    orphan_grace_seconds: float = Field(24 * 3600.0, gt=0)
+    """Files that no row names are removed when they are older."""
     threads: int | None = None
     """CPU threads of a worker's models; null leaves the choice to torch."""
 

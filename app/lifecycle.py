@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from app import webhooks
 from app.config import settings
-from app.errors import IllegalMove
+from app.errors import IllegalMove, NotFound
 from app.models import PHASES, Dataset, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
 from app.preflight import Plan
 from app.queue import LABEL, TRAIN, enqueue_on_commit
@@ -217,7 +217,7 @@ def _cut(plan: Plan, label_set_id: str) -> list[LabelShard]:
 
 def cancel(session: Session, job: Job) -> None:
     """End a job: at once where no worker trains it, else as soon as its worker notices. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status in ("cancelling", "cancelled"):
         return
     if job.status in TERMINAL:
@@ -232,7 +232,7 @@ def cancel(session: Session, job: Job) -> None:
 
 def pause(session: Session, job: Job) -> None:
     """Hold a job where it is. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status in ("pausing", "paused"):
         return
     if job.status not in ("queued", "running"):
@@ -247,7 +247,7 @@ def pause(session: Session, job: Job) -> None:
 
 def resume(session: Session, job: Job) -> None:
     """Let a paused job go on from where it was. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status != "paused":
         raise IllegalMove(f"Only a paused job can be resumed; this one is {job.status}.")
     _requeue(session, job)
@@ -256,7 +256,7 @@ def resume(session: Session, job: Job) -> None:
 
 def retry(session: Session, job: Job) -> None:
     """Try a failed or cancelled job again, from its last saved state. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status not in ("failed", "cancelled"):
         raise IllegalMove(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
     ids = [job.dataset_id, job.validation_dataset_id, job.test_dataset_id]
@@ -272,8 +272,10 @@ def retry(session: Session, job: Job) -> None:
     emit(session, job.id, "job.retried", "Retried: waiting for a worker.")
 
 
-def _lock(session: Session, job: Job) -> None:
-    session.refresh(job, with_for_update=True)
+def lock(session: Session, job: Job) -> None:
+    """Lock the job's row and read it anew. Raises NotFound when it has been deleted meanwhile."""
+    if session.get(Job, job.id, with_for_update=True, populate_existing=True) is None:
+        raise NotFound
 
 
 def _is_trained_now(job: Job) -> bool:
