@@ -39,12 +39,11 @@ def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict
             characters += sum(len(text) + len(pair or "") for text, pair in missing)
             if seen >= limit:
                 break
-    train_rows = plan.datasets["train"].rows
     label_rate, label_measured = _label_rate(session, plan.fingerprint)
-    train_rate, train_measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
-    seconds = to_label / label_rate + train_rows * plan.spec.training.epochs / train_rate
+    to_train, train_measured = training_seconds(session, plan)
+    seconds = to_label / label_rate + to_train
     return {
-        "rows": train_rows,
+        "rows": plan.datasets["train"].rows,
         "rows_to_label": to_label,
         "rows_cached": cached,
         "teacher_tokens": 0 if free else characters // CHARACTERS_PER_TOKEN,
@@ -53,6 +52,12 @@ def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict
         "labels": [label.name for label in plan.labels],
         "warnings": plan.warnings,
     }
+
+
+def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
+    """How long training will take, and whether that was measured on earlier jobs."""
+    rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
+    return plan.datasets["train"].rows * plan.spec.training.epochs / rate, measured
 
 
 def _label_rate(session: Session, fingerprint: str) -> tuple[float, bool]:

@@ -208,6 +208,22 @@ class LabelCache(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class Comparison(Base):
+    """Several methods, each with several seeds, on one set of splits and one set of labels; its runs are jobs."""
+
+    __tablename__ = "comparisons"
+    __table_args__ = (Index("ix_comparisons_tenant_created", "tenant", "id"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str | None] = mapped_column(String(200))
+    spec: Mapped[dict[str, Any]]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    warnings: Mapped[list[Any]] = mapped_column(default=list)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    jobs: Mapped[list[Job]] = relationship(order_by="Job.id", viewonly=True)
+
+
 class Job(Base):
     """One distillation, from labeling to the checkpoint."""
 
@@ -235,6 +251,10 @@ class Job(Base):
     validation_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     test_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     label_set_id: Mapped[str] = mapped_column(ForeignKey("label_sets.id"), index=True)
+    """The arms of a comparison that have one teacher share it."""
+    comparison_id: Mapped[str | None] = mapped_column(ForeignKey("comparisons.id"), index=True)
+    arm: Mapped[str | None] = mapped_column(String(100))
+    """The name of the comparison's arm that this job is a run of."""
     warnings: Mapped[list[Any]] = mapped_column(default=list)
     selection: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)

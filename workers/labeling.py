@@ -64,16 +64,16 @@ def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
             return
         except WorkFailed as failure:
             with session_scope() as session:
-                lifecycle.fail_shard(session, job_id, shard, failure.code, failure.message)
+                lifecycle.fail_shard(session, shard, failure.code, failure.message)
             return
         except Problem as problem:  # a model that this worker lacks
             with session_scope() as session:
-                lifecycle.fail_shard(session, job_id, shard, problem.code, problem.detail)
+                lifecycle.fail_shard(session, shard, problem.code, problem.detail)
             return
         except Exception as error:
             log.exception("labeling_failed", job_id=job_id, shard=shard.index)
             with session_scope() as session:
-                lifecycle.fail_shard(session, job_id, shard, "labeling_failed", f"{type(error).__name__}: {error}")
+                lifecycle.fail_shard(session, shard, "labeling_failed", f"{type(error).__name__}: {error}")
             return
 
 
@@ -85,7 +85,7 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
 
     def renew() -> str | None:
         with session_scope() as session:
-            lifecycle.renew_shard(session, job.id, shard)
+            lifecycle.renew_shard(session, shard)
         return None
 
     with Heartbeat(renew) as heartbeat:
@@ -103,7 +103,7 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
         seconds = time.perf_counter() - began
         _store(storage(), shard, answers.table(shard.start))
         with session_scope() as session:
-            lifecycle.finish_shard(session, job.id, shard, {**answers.figures(), "seconds": round(seconds, 4)})
+            lifecycle.finish_shard(session, shard, {**answers.figures(), "seconds": round(seconds, 4)})
             known = session.get_one(LabelSet, label_set.id, with_for_update=True)
             known.confidence_method, known.report = teacher.confidence_method, teacher.report()
 
