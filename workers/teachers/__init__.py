@@ -2,8 +2,13 @@
 
 from workers.teachers.dataset import DatasetTeacher
 from workers.teachers.embedding import EmbeddingTeacher
+from workers.teachers.endpoint import EndpointTeacher
 from workers.teachers.teacher import Labeled, Row, Teacher
 
-TEACHERS: dict[str, type[Teacher]] = {"dataset": DatasetTeacher, "embedding": EmbeddingTeacher}
+TEACHERS: dict[str, type[Teacher]] = {
+    "dataset": DatasetTeacher,
+    "embedding": EmbeddingTeacher,
+    "endpoint": EndpointTeacher,
+}
 
 __all__ = ["TEACHERS", "Labeled", "Row", "Teacher"]
