@@ -165,6 +165,18 @@ def migrate() -> None:
     upgrade()
 
 
+@app.command("sweep-files")
+def sweep_files(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list them.")] = False,
+) -> None:
+    """Remove files of the storage that no row of the database names. The scheduler does so every hour by itself."""
+    from app import retention
+    from app.storage import storage
+
+    for key in retention.sweep_files(storage(), dry_run=dry_run):
+        out.print(key, markup=False)
+
+
 @keys_app.command("create")
 def create_key(
     tenant: Annotated[str, typer.Argument(help="Whose data the key opens.")],

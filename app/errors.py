@@ -186,8 +186,9 @@ def pointer(location: Iterable[str | int]) -> str:
     parts = [str(part).replace("~", "~0").replace("/", "~1") for part in location]
     if parts and parts[0] == "body":
         parts = parts[1:]
-    if len(parts) >= 2 and parts[0] in ("teacher", "method"):
-        del parts[1]
+    union = 2 if parts[:1] == ["arms"] else 0
+    if len(parts) >= union + 2 and parts[union] in ("teacher", "method"):
+        del parts[union + 1]
     return "".join(f"/{part}" for part in parts)
 
 

@@ -10,12 +10,13 @@
                       └──┴───── cancelling ◀────┘ cancel
 
 Labeling is shared by many workers: each claims a shard and its writes hold only while the shard's `attempt` is its
-own. Training belongs to one worker: a claim raises the job's `attempt`, and every write asks for it. A worker that
+own. The jobs of a comparison share one label set: whoever labels, labels for all that wait for it. Training belongs to one worker: a claim raises the job's `attempt`, and every write asks for it. A worker that
 lost its lease finds out at its next write, or heartbeat, and stops. Nothing here commits; app/db.py does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +26,7 @@ from sqlalchemy.orm import Session
 
 from app import webhooks
 from app.config import settings
-from app.errors import IllegalMove
+from app.errors import IllegalMove, NotFound
 from app.models import PHASES, Dataset, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
 from app.preflight import Plan
 from app.queue import LABEL, TRAIN, enqueue_on_commit
@@ -86,15 +87,12 @@ def labeling_figures(session: Session, job: Job) -> dict[str, Any]:
     label_set = job.label_set
     counted = (LabelShard.rows_from_cache, LabelShard.rows_failed, LabelShard.tokens, LabelShard.tokens_saved)
     sums = [func.coalesce(func.sum(column), 0) for column in (*counted, LabelShard.seconds)]
-    *counts, seconds, cost = session.execute(
-        select(*sums, func.sum(LabelShard.cost)).where(LabelShard.label_set_id == job.label_set_id)
-    ).one()
+    *counts, seconds = session.execute(select(*sums).where(LabelShard.label_set_id == job.label_set_id)).one()
     return {
         "labels": [label["name"] for label in label_set.labels],
         "confidence_method": label_set.confidence_method,
         **{column.key: int(count) for column, count in zip(counted, counts, strict=True)},
         "seconds": round(seconds, 3),
-        "cost": None if cost is None else round(cost, 6),
         "teacher": label_set.report,
     }
 
@@ -156,19 +154,17 @@ def advance_phase(session: Session, job_id: str, name: str, done: int, *, finish
 # --- the client's verbs ---------------------------------------------------------------------------------------------
 
 
-def submit(session: Session, tenant: str, plan: Plan) -> Job:
-    """Store a job that preflight has checked, cut its rows into shards, and call workers once that is committed."""
+def submit(
+    session: Session, tenant: str, plan: Plan, *, shared: LabelSet | None = None, comparison_id: str | None = None,
+    arm: str | None = None,
+) -> Job:  # fmt: skip
+    """Store a job that preflight has checked, cut its rows into shards, and call workers once that is committed.
+
+    `shared` is the label set of another job with the same teacher and rows: nothing is labeled twice for the two.
+    """
     spec = plan.spec
-    label_set = LabelSet(
-        id=new_id("ls"),
-        tenant=tenant,
-        fingerprint=plan.fingerprint,
-        labels=[label.model_dump(mode="json") for label in plan.labels],
-    )
-    session.add(label_set)
-    session.flush()
-    shards = _cut(plan, label_set.id)
-    session.add_all(shards)
+    label_set = shared or _new_label_set(session, tenant, plan)
+    shards = label_set.shards
     job = Job(
         id=new_id("job"),
         tenant=tenant,
@@ -180,6 +176,8 @@ def submit(session: Session, tenant: str, plan: Plan) -> Job:
         validation_dataset_id=spec.validation_dataset_id,
         test_dataset_id=spec.test_dataset_id,
         label_set_id=label_set.id,
+        comparison_id=comparison_id,
+        arm=arm,
         warnings=plan.warnings,
     )
     session.add(job)
@@ -190,10 +188,25 @@ def submit(session: Session, tenant: str, plan: Plan) -> Job:
     for warning in plan.warnings:
         facts = {name: value for name, value in warning.items() if name != "message"}
         emit(session, job.id, "job.warning", warning["message"], level="warning", **facts)
-    enqueue_on_commit(session, LABEL, job.id, copies=min(len(shards), LABEL_MESSAGES))
+    # A job that shares its labels needs one call of its own, for the case that it is the only one left.
+    enqueue_on_commit(session, LABEL, job.id, copies=1 if shared else max(1, min(len(shards), LABEL_MESSAGES)))
     session.flush()
     session.refresh(job)
     return job
+
+
+def _new_label_set(session: Session, tenant: str, plan: Plan) -> LabelSet:
+    label_set = LabelSet(
+        id=new_id("ls"),
+        tenant=tenant,
+        fingerprint=plan.fingerprint,
+        labels=[label.model_dump(mode="json") for label in plan.labels],
+    )
+    session.add(label_set)
+    session.flush()
+    session.add_all(_cut(plan, label_set.id))
+    session.flush()
+    return label_set
 
 
 def _cut(plan: Plan, label_set_id: str) -> list[LabelShard]:
@@ -220,7 +233,7 @@ def _cut(plan: Plan, label_set_id: str) -> list[LabelShard]:
 
 def cancel(session: Session, job: Job) -> None:
     """End a job: at once where no worker trains it, else as soon as its worker notices. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status in ("cancelling", "cancelled"):
         return
     if job.status in TERMINAL:
@@ -235,7 +248,7 @@ def cancel(session: Session, job: Job) -> None:
 
 def pause(session: Session, job: Job) -> None:
     """Hold a job where it is. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status in ("pausing", "paused"):
         return
     if job.status not in ("queued", "running"):
@@ -250,7 +263,7 @@ def pause(session: Session, job: Job) -> None:
 
 def resume(session: Session, job: Job) -> None:
     """Let a paused job go on from where it was. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status != "paused":
         raise IllegalMove(f"Only a paused job can be resumed; this one is {job.status}.")
     _requeue(session, job)
@@ -259,24 +272,33 @@ def resume(session: Session, job: Job) -> None:
 
 def retry(session: Session, job: Job) -> None:
     """Try a failed or cancelled job again, from its last saved state. Raises IllegalMove."""
-    _lock(session, job)
+    lock(session, job)
     if job.status not in ("failed", "cancelled"):
         raise IllegalMove(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
     ids = [job.dataset_id, job.validation_dataset_id, job.test_dataset_id]
     if session.scalar(select(func.count()).where(Dataset.id.in_(ids), Dataset.tenant != job.tenant)):
         raise IllegalMove("A dataset of this job has been deleted; upload it again and start a new job.")
     job.error, job.finished_at, job.lost_workers = None, None, 0
-    session.execute(
-        update(LabelShard)
-        .where(LabelShard.label_set_id == job.label_set_id, LabelShard.status == "claimed")
-        .values(status="pending", lease_expires_at=None, lost_workers=0)
-    )
+    if not _waiting_for(session, job.label_set_id):  # else the claimed shards are being labeled, for another arm
+        session.execute(
+            update(LabelShard)
+            .where(LabelShard.label_set_id == job.label_set_id, LabelShard.status == "claimed")
+            .values(status="pending", lease_expires_at=None, lost_workers=0)
+        )
     _requeue(session, job)
     emit(session, job.id, "job.retried", "Retried: waiting for a worker.")
 
 
-def _lock(session: Session, job: Job) -> None:
-    session.refresh(job, with_for_update=True)
+def lock(session: Session, job: Job) -> None:
+    """Lock the job's row and read it anew. Raises NotFound when it has been deleted meanwhile."""
+    if session.get(Job, job.id, with_for_update=True, populate_existing=True) is None:
+        raise NotFound
+
+
+def lock_all(session: Session, jobs: Sequence[Job]) -> list[Job]:
+    """The rows of several jobs, locked in the order of their ids, as whoever locks several does."""
+    query = select(Job).where(Job.id.in_([job.id for job in jobs])).order_by(Job.id).with_for_update()
+    return list(session.scalars(query, execution_options={"populate_existing": True}))
 
 
 def _is_trained_now(job: Job) -> bool:
@@ -301,12 +323,15 @@ def _end(session: Session, job: Job, status: str) -> None:
 def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None:
     """The next shard of the job nobody works on, now this worker's; None when there is none for it.
 
-    Claiming the first shard starts the job. A shard that has lost `max_attempts` workers fails the job.
+    Claiming the first shard starts the job. A shard that has lost `max_attempts` workers fails every job that waits
+    for it.
     """
-    job = session.get(Job, job_id, with_for_update=True)
-    if job is None or job.status not in ("queued", "running") or job.phase not in (None, "labeling"):
+    label_set_id = session.scalar(select(Job.label_set_id).where(Job.id == job_id))
+    waiting = _waiting_for(session, label_set_id, lock=True)
+    job = next((job for job in waiting if job.id == job_id and job.status in ("queued", "running")), None)
+    if job is None:
         return None
-    _apply_budget(session, job)
+    _apply_budget(session, waiting)
     shard = session.scalars(
         select(LabelShard)
         .where(
@@ -328,7 +353,7 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
             phase.started_at = now()
             emit(session, job.id, "job.started", "A worker started labeling.", worker=worker)
     if shard is None:
-        _advance_if_labeled(session, job)
+        _advance_if_labeled(session, waiting)
         return None
     if shard.status == "claimed":
         shard.lost_workers += 1
@@ -339,7 +364,8 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
         )  # fmt: skip
     if shard.lost_workers >= settings().max_attempts:
         reason = f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set cost {shard.lost_workers} workers their life; look at these rows."
-        _fail(session, job, "worker_lost", reason)
+        for each in waiting:
+            _fail(session, each, "worker_lost", reason)
         return None
     shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
     shard.lease_expires_at = _lease()
@@ -347,8 +373,23 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
     return shard
 
 
-def _apply_budget(session: Session, job: Job) -> None:
-    """Skip the train shards nobody has claimed once the budget is spent; the job goes on with what is labeled."""
+def _waiting_for(session: Session, label_set_id: str | None, *, lock: bool = False) -> list[Job]:
+    """The jobs that need these labels and do not have all of them yet: one job, or several arms of a comparison.
+
+    Locked in the order of their ids, so that two workers cannot block each other in a circle.
+    """
+    query = (
+        select(Job)
+        .where(Job.label_set_id == label_set_id, Job.status.in_(LABELED), or_(Job.phase.is_(None), Job.phase == "labeling"))
+        .order_by(Job.id)
+        .execution_options(populate_existing=True)
+    )  # fmt: skip
+    return list(session.scalars(query.with_for_update(of=Job) if lock else query))
+
+
+def _apply_budget(session: Session, waiting: list[Job]) -> None:
+    """Skip the train shards nobody has claimed once the budget is spent; the jobs go on with what is labeled."""
+    job = waiting[0]  # arms of a comparison have one budget
     budget = job.spec["budget"]
     limits = {"max_teacher_tokens": LabelShard.tokens, "max_seconds": LabelShard.seconds}
     for name, column in limits.items():
@@ -366,9 +407,9 @@ def _apply_budget(session: Session, job: Job) -> None:
             .returning(LabelShard.stop - LabelShard.start)
             .execution_options(synchronize_session=False)
         ).all()
-        if skipped:
+        for each in waiting if skipped else ():
             emit(
-                session, job.id, "budget.reached", level="warning", rows=sum(skipped),
+                session, each.id, "budget.reached", level="warning", rows=sum(skipped),
                 message=f"budget.{name} is spent ({spent:g} of {limit:g}); {sum(skipped)} rows stay unlabeled and training goes on without them.",
             )  # fmt: skip
 
@@ -383,13 +424,13 @@ def _still_held(shard: LabelShard) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def renew_shard(session: Session, job_id: str, shard: LabelShard) -> None:
-    """Keep a shard. Raises LeaseLost when it, or the job, is no longer to be worked on."""
+def renew_shard(session: Session, shard: LabelShard) -> None:
+    """Keep a shard. Raises LeaseLost when it is another's now, or no job needs it any longer."""
     renewed = session.execute(
         update(LabelShard)
         .where(
             *_still_held(shard),
-            select(Job.id).where(Job.id == job_id, Job.status.in_(LABELED)).exists(),
+            select(Job.id).where(Job.label_set_id == shard.label_set_id, Job.status.in_(LABELED)).exists(),
         )
         .values(lease_expires_at=_lease())
         .execution_options(synchronize_session=False)
@@ -398,87 +439,77 @@ def renew_shard(session: Session, job_id: str, shard: LabelShard) -> None:
         raise LeaseLost
 
 
-def release_shard(session: Session, shard: LabelShard, *, cost: float | None = None) -> None:
-    """Give a shard back unfinished, without counting the attempt as a lost worker. `cost`: of what was asked."""
-    spent = {} if cost is None else {"cost": func.coalesce(LabelShard.cost, 0.0) + cost}
+def release_shard(session: Session, shard: LabelShard) -> None:
+    """Give a shard back unfinished, without counting the attempt as a lost worker."""
     session.execute(
         update(LabelShard)
         .where(
             *_still_held(shard),
         )
-        .values(status="pending", lease_expires_at=None, worker=None, **spent)
+        .values(status="pending", lease_expires_at=None, worker=None)
         .execution_options(synchronize_session=False)
     )
 
 
-def note_teacher_away(session: Session, job_id: str, reason: str) -> None:
-    """Tell that labeling waits for the teacher, once for each time it is away; the sweep calls workers again."""
-    last = session.scalars(
-        select(JobEvent.type)
-        .where(JobEvent.job_id == job_id, JobEvent.type.in_(("teacher.away", "labeling.shard")))
-        .order_by(JobEvent.seq.desc())
-        .limit(1)
-    ).one_or_none()
-    if last != "teacher.away":
-        emit(session, job_id, "teacher.away", f"Labeling waits for the teacher: {reason}.", level="warning")
-
-
-def finish_shard(session: Session, job_id: str, shard: LabelShard, figures: dict[str, Any]) -> None:
-    """Record that a shard's file is written. The last one sends the job on to training. Raises LeaseLost."""
-    job = session.get(Job, job_id, with_for_update=True)
-    if job is None or job.status not in LABELED:
+def finish_shard(session: Session, shard: LabelShard, figures: dict[str, Any]) -> None:
+    """Record that a shard's file is written. The last one sends the jobs on to training. Raises LeaseLost."""
+    waiting = _waiting_for(session, shard.label_set_id, lock=True)
+    if not waiting:
         raise LeaseLost
-    cost = figures.get("cost")
-    spent = {} if cost is None else {"cost": func.coalesce(LabelShard.cost, 0.0) + cost}
     finished = session.execute(
         update(LabelShard)
         .where(
             *_still_held(shard),
         )
-        .values(status="done", lease_expires_at=None, **(figures | spent))
+        .values(status="done", lease_expires_at=None, **figures)
         .execution_options(synchronize_session=False)
     )
     if not finished.rowcount:  # type: ignore[attr-defined]
         raise LeaseLost
-    rows = shard.stop - shard.start
     session.execute(
         update(JobPhase)
-        .where(JobPhase.job_id == job_id, JobPhase.name == "labeling")
-        .values(done=JobPhase.done + rows)
+        .where(JobPhase.job_id.in_([job.id for job in waiting]), JobPhase.name == "labeling")
+        .values(done=JobPhase.done + shard.stop - shard.start)
         .execution_options(synchronize_session=False)
     )
-    emit(session, job_id, "labeling.shard", f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set are labeled.",
-         split=shard.split, start=shard.start, stop=shard.stop, **figures)  # fmt: skip
-    session.expire(job, ["event_seq"])
-    if job.status == "running":
-        _advance_if_labeled(session, job)
+    for job in waiting:
+        emit(session, job.id, "labeling.shard", f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set are labeled.",
+             split=shard.split, start=shard.start, stop=shard.stop, **figures)  # fmt: skip
+        session.expire(job, ["event_seq"])
+    _advance_if_labeled(session, waiting)
 
 
-def fail_shard(session: Session, job_id: str, shard: LabelShard, code: str, message: str) -> None:
-    """End the job for what happened to a shard, unless the shard has been given to another worker since."""
-    job = session.get(Job, job_id, with_for_update=True)
+def fail_shard(session: Session, shard: LabelShard, code: str, message: str) -> None:
+    """End the jobs that wait for a shard for what happened to it, unless it has been given to another worker since."""
+    waiting = _waiting_for(session, shard.label_set_id, lock=True)
     current = session.get(LabelShard, (shard.label_set_id, shard.index), populate_existing=True)
-    if job is None or current is None or (current.status, current.attempt) != ("claimed", shard.attempt):
+    if current is None or (current.status, current.attempt) != ("claimed", shard.attempt):
         return
-    if job.status in LABELED:
+    for job in waiting:
         _fail(session, job, code, message)
 
 
-def _advance_if_labeled(session: Session, job: Job) -> None:
-    """From labeling to training, once no shard is open. The job's row is locked, so this happens once."""
+def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
+    """From labeling to training, once no shard is open. The jobs' rows are locked, so this happens once.
+
+    A job that is paused stays where it is: it finds its labels done when it goes on.
+    """
     open_shards = session.scalar(
         select(func.count())
         .select_from(LabelShard)
-        .where(LabelShard.label_set_id == job.label_set_id, LabelShard.status.in_(("pending", "claimed")))
+        .where(LabelShard.label_set_id == waiting[0].label_set_id, LabelShard.status.in_(("pending", "claimed")))
     )
     if open_shards:
         return
-    job.phase, job.enqueued_at = "training", now()
-    phase = session.get(JobPhase, (job.id, "labeling"), populate_existing=True)
-    if phase is not None:
-        phase.finished_at = now()
-    emit(session, job.id, "labeling.finished", "Every row is labeled.")
-    enqueue_on_commit(session, TRAIN, job.id)
+    for job in waiting:
+        if job.status == "paused":
+            continue
+        job.phase, job.enqueued_at = "training", now()
+        phase = session.get(JobPhase, (job.id, "labeling"), populate_existing=True)
+        if phase is not None:
+            phase.started_at, phase.finished_at = phase.started_at or now(), now()
+        emit(session, job.id, "labeling.finished", "Every row is labeled.")
+        enqueue_on_commit(session, TRAIN, job.id)
 
 
 # --- training: one worker, one attempt ------------------------------------------------------------------------------

@@ -17,11 +17,19 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import errors
-from app.api import checkpoints, datasets, health, jobs, transfers, webhooks
+from app.api import checkpoints, comparisons, datasets, health, jobs, transfers, webhooks
 from app.config import settings
 from app.models import new_id
 
-ROUTERS = [datasets.router, transfers.router, jobs.router, checkpoints.router, webhooks.router, health.router]
+ROUTERS = [
+    datasets.router,
+    transfers.router,
+    jobs.router,
+    checkpoints.router,
+    comparisons.router,
+    webhooks.router,
+    health.router,
+]
 WEB = Path(__file__).parent / "web"
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Of a request that uploads no file."""

@@ -187,8 +187,6 @@ class LabelShard(Base):
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     tokens_saved: Mapped[int] = mapped_column(BigInteger, default=0)
     seconds: Mapped[float] = mapped_column(Double, default=0.0)
-    cost: Mapped[float | None] = mapped_column(Double)
-    """In the operator's currency; null where the teacher has no price."""
 
     @property
     def key(self) -> str:
@@ -210,16 +208,20 @@ class LabelCache(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class EndpointAbility(Base):
-    """What a worker has found out that an operator's endpoint can do."""
+class Comparison(Base):
+    """Several methods, each with several seeds, on one set of splits and one set of labels; its runs are jobs."""
 
-    __tablename__ = "endpoint_abilities"
+    __tablename__ = "comparisons"
+    __table_args__ = (Index("ix_comparisons_tenant_created", "tenant", "id"),)
 
-    name: Mapped[str] = mapped_column(String(100), primary_key=True)
-    configuration: Mapped[str] = mapped_column(String(64))
-    """Hash of the settings it was found out with; with others it has to be found out again."""
-    ability: Mapped[dict[str, Any]]
-    found_at: Mapped[datetime]
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str | None] = mapped_column(String(200))
+    spec: Mapped[dict[str, Any]]
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+    warnings: Mapped[list[Any]] = mapped_column(default=list)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    jobs: Mapped[list[Job]] = relationship(order_by="Job.id", viewonly=True)
 
 
 class Job(Base):
@@ -249,6 +251,10 @@ class Job(Base):
     validation_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     test_dataset_id: Mapped[str | None] = mapped_column(ForeignKey("datasets.id"), index=True)
     label_set_id: Mapped[str] = mapped_column(ForeignKey("label_sets.id"), index=True)
+    """The arms of a comparison that have one teacher share it."""
+    comparison_id: Mapped[str | None] = mapped_column(ForeignKey("comparisons.id"), index=True)
+    arm: Mapped[str | None] = mapped_column(String(100))
+    """The name of the comparison's arm that this job is a run of."""
     warnings: Mapped[list[Any]] = mapped_column(default=list)
     selection: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)

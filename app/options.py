@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 DEFAULT_STUDENT = "all-MiniLM-L6-v2"
 LEARNING_RATES = {DEFAULT_STUDENT: 2e-4, "scratch": 5e-4}
@@ -111,17 +111,6 @@ class LLMTeacher(Options):
         return self.verbalised.get(name, name.strip())
 
 
-class EndpointTeacher(LLMTeacher):
-    """A language model behind an OpenAI-compatible server that the operator has configured."""
-
-    kind: Literal["endpoint"]
-    endpoint: Annotated[Text, Field(min_length=1, max_length=100)]
-    """The name of one of the operator's endpoints; URLs and keys are never sent by clients."""
-    samples: Annotated[int, Field(ge=1, le=50)] = 1
-    """From 2 on: ask each row so many times at temperature 1 and take the shares of the answers as the distribution. For
-    servers that give no log-probabilities; it costs that many answers a row."""
-
-
 class DatasetTeacher(Options):
     """The dataset's own labels: a label, a label with a confidence, or the whole distribution of each row."""
 
@@ -130,7 +119,7 @@ class DatasetTeacher(Options):
     """The confidence of a row that has a label and nothing else; the rest is spread evenly over the other labels."""
 
 
-Teacher = Annotated[EmbeddingTeacher | EndpointTeacher | DatasetTeacher, Field(discriminator="kind")]
+Teacher = Annotated[EmbeddingTeacher | DatasetTeacher, Field(discriminator="kind")]
 
 
 # --- student --------------------------------------------------------------------------------------------------------
@@ -249,13 +238,6 @@ Method = Annotated[
 ]
 
 
-def needs_confidence(method: Method) -> bool:
-    """Whether a method looks at more of the teacher's answer than the label."""
-    if isinstance(method, LLKD):
-        return method.use_teacher_confidence or method.weighted
-    return not isinstance(method, NoSelection | Random | FreeMatch | SoftMatch | UNIXKD)
-
-
 # --- training, budget, webhook, the whole spec ----------------------------------------------------------------------
 
 
@@ -276,6 +258,9 @@ class Training(Options):
     computed in fp32."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Without a validation set, this share of the pseudo-labeled rows is held back to choose the checkpoint."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Chooses the rows that are held back; null takes `seed`. Jobs that differ in nothing but `seed` are then scored on
+    the same rows, as those of a comparison are."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -330,6 +315,29 @@ def _small_metadata(value: dict[str, str]) -> dict[str, str]:
 Metadata = Annotated[dict[str, str], AfterValidator(_small_metadata)]
 
 
+def _names_alone_will_do(value: Any) -> Any:
+    if isinstance(value, list):
+        return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+    return value
+
+
+def _are_distinct(value: list[Label]) -> list[Label]:
+    seen: dict[str, str] = {}
+    for label in value:
+        key = " ".join(label.name.split()).casefold()
+        if key in seen:
+            raise ValueError(f"{seen[key]!r} and {label.name!r} differ at most by case or spaces; keep one of them")
+        seen[key] = label.name
+    if len(value) == 1:
+        raise ValueError("only one label; a classifier needs at least two")
+    return value
+
+
+Labels = Annotated[
+    list[Label], Field(max_length=1000), BeforeValidator(_names_alone_will_do), AfterValidator(_are_distinct)
+]
+
+
 class JobSpec(Options):
     """Everything a job needs to know; the body of POST /jobs."""
 
@@ -340,7 +348,7 @@ class JobSpec(Options):
     test_dataset_id: DatasetId | None = None
     """Labeled rows that are looked at once, at the end."""
     name: Annotated[Text, Field(max_length=200)] | None = None
-    labels: Annotated[list[Label], Field(max_length=1000)] = []
+    labels: Labels = []
     """The classes. May be left out with the `dataset` teacher, which takes those of the dataset."""
     teacher: Teacher
     student: Student = Student()
@@ -359,22 +367,62 @@ class JobSpec(Options):
         rate = LEARNING_RATES.get(known.data["student"].model, OTHER_LEARNING_RATE)
         return value.model_copy(update={"learning_rate": rate})
 
-    @field_validator("labels", mode="before")
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+
+
+class Arm(Options):
+    """One row of a comparison: a method, and what this row does differently."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=100)]
+    """What the table calls it."""
+    method: Method
+    student: dict[str, Any] = {}
+    """Fields of `student` that are different for this arm."""
+    training: dict[str, Any] = {}
+    """Fields of `training` that are different for this arm; not `seed`, `split_seed` and `validation_share`."""
+    teacher: Teacher | None = None
+    """Another teacher for this arm; null takes the comparison's. Its labels are its own."""
+    dataset_id: DatasetId | None = None
+    """Other train rows for this arm, such as a few that people labeled; null takes the comparison's."""
+
+
+class ComparisonSpec(Options):
+    """Several methods, each with several seeds, on the same splits and labels; the body of POST /comparisons."""
+
+    dataset_id: DatasetId
+    """The unlabeled rows."""
+    validation_dataset_id: DatasetId | None = None
+    """Labeled rows that choose each run's checkpoint."""
+    test_dataset_id: DatasetId
+    """Labeled rows that every run is scored on."""
+    name: Annotated[Text, Field(max_length=120)] | None = None
+    labels: Labels = []
+    """The classes. May be left out with the `dataset` teacher, which takes those of the dataset."""
+    teacher: Teacher
+    student: Student = Student()
+    training: Training = Training()
+    budget: Budget = Budget()
+    arms: Annotated[list[Arm], Field(min_length=2, max_length=64)]
+    """The rows of the table; the others are compared with the first."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=20)] = [0, 1, 2]
+    """Each arm is run once with each."""
+    metadata: Metadata = {}
+    """Also given to every job."""
+
+    @field_validator("arms")
     @classmethod
-    def _names_alone_will_do(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            return [{"name": entry} if isinstance(entry, str) else entry for entry in value]
+    def _are_told_apart(cls, value: list[Arm]) -> list[Arm]:
+        seen: set[str] = set()
+        for arm in value:
+            if arm.name in seen:
+                raise ValueError(f"two arms are called {arm.name!r}; the table could not tell them apart")
+            seen.add(arm.name)
         return value
 
-    @field_validator("labels")
+    @field_validator("seeds")
     @classmethod
-    def _are_distinct(cls, value: list[Label]) -> list[Label]:
-        seen: dict[str, str] = {}
-        for label in value:
-            key = " ".join(label.name.split()).casefold()
-            if key in seen:
-                raise ValueError(f"{seen[key]!r} and {label.name!r} differ at most by case or spaces; keep one of them")
-            seen[key] = label.name
-        if len(value) == 1:
-            raise ValueError("only one label; a classifier needs at least two")
+    def _are_different(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("a seed stands twice; the same run again tells nothing new")
         return value

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from app import endpoints, labels, pretrained, webhooks
+from app import labels, pretrained, webhooks
 from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
-from app.options import DatasetTeacher, EndpointTeacher, JobSpec, Label, LLMTeacher, needs_confidence
+from app.options import DatasetTeacher, JobSpec, Label, LLMTeacher
 
 MIN_ROWS = 2
 SPLIT_FIELDS = {"train": "dataset_id", "validation": "validation_dataset_id", "test": "test_dataset_id"}
@@ -29,24 +29,27 @@ class Plan:
     warnings: list[dict[str, str]] = field(default_factory=list)
 
 
-class _Faults(list[Fault]):
+class Faults(list[Fault]):
+    """What is wrong with a spec, each with a pointer to where."""
+
     def note(self, pointer: str, code: str, message: str) -> None:
         self.append({"line": None, "pointer": pointer, "code": code, "message": message})
+
+    def refuse(self) -> None:
+        """Raises InvalidSpec when there are any."""
+        if self:
+            raise InvalidSpec(f"{(self[0]['pointer'] or '').lstrip('/')}: {self[0]['message']}", errors=self)
 
 
 def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> Plan:
     """The plan of a job that can succeed. Raises InvalidSpec with every reason why it cannot."""
-    faults = _Faults()
+    faults = Faults()
     _check_webhook(spec, settings, faults)  # before the datasets are held: a name may take a while to resolve
     datasets = _datasets(session, tenant, spec, faults)
     chosen = _labels(spec, datasets.get("train"), faults)
     warnings = _check_held_out(datasets, chosen, faults)
     revision = _check_models(spec, settings, faults)
-    if isinstance(spec.teacher, EndpointTeacher):
-        revision = _check_endpoint(session, spec, spec.teacher, settings, faults)
-    if faults:
-        first = faults[0]
-        raise InvalidSpec(f"{(first['pointer'] or '').lstrip('/')}: {first['message']}", errors=faults)
+    faults.refuse()
     for split, dataset in datasets.items():
         warnings += [{**warning, "split": split} for warning in dataset.warnings]
     scored = [
@@ -64,7 +67,7 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     )
 
 
-def _check_webhook(spec: JobSpec, settings: Settings, faults: _Faults) -> None:
+def _check_webhook(spec: JobSpec, settings: Settings, faults: Faults) -> None:
     if spec.webhook is not None and not settings.webhook_allow_private and webhooks.leads_inside(spec.webhook.url):
         faults.note(
             "/webhook/url",
@@ -73,7 +76,7 @@ def _check_webhook(spec: JobSpec, settings: Settings, faults: _Faults) -> None:
         )
 
 
-def _datasets(session: Session, tenant: str, spec: JobSpec, faults: _Faults) -> dict[str, Dataset]:
+def _datasets(session: Session, tenant: str, spec: JobSpec, faults: Faults) -> dict[str, Dataset]:
     found: dict[str, Dataset] = {}
     for split, name in SPLIT_FIELDS.items():
         dataset_id = getattr(spec, name)
@@ -108,7 +111,7 @@ def _datasets(session: Session, tenant: str, spec: JobSpec, faults: _Faults) -> 
     return found
 
 
-def _labels(spec: JobSpec, train: Dataset | None, faults: _Faults) -> list[Label]:
+def _labels(spec: JobSpec, train: Dataset | None, faults: Faults) -> list[Label]:
     if not isinstance(spec.teacher, DatasetTeacher):
         if not spec.labels:
             faults.note(
@@ -156,7 +159,7 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: _Faults) -> list[Label
     return chosen
 
 
-def _check_examples(spec: JobSpec, faults: _Faults) -> None:
+def _check_examples(spec: JobSpec, faults: Faults) -> None:
     names = {label.name for label in spec.labels}
     for position, example in enumerate(getattr(spec.teacher, "examples", []) if names else []):
         if example.label not in names:
@@ -167,7 +170,7 @@ def _check_examples(spec: JobSpec, faults: _Faults) -> None:
             )
 
 
-def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: _Faults) -> None:
+def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: Faults) -> None:
     """Every label is written in words of its own."""
     names = {label.name for label in chosen}
     for name in sorted(set(teacher.verbalised) - names if names else ()):
@@ -187,7 +190,7 @@ def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: _Faults)
         seen.setdefault(written, label.name)
 
 
-def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _Faults) -> list[dict[str, str]]:
+def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: Faults) -> list[dict[str, str]]:
     names = {label.name for label in chosen}
     warnings = []
     for split in ("validation", "test"):
@@ -218,7 +221,7 @@ def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: _
     return warnings
 
 
-def _check_models(spec: JobSpec, settings: Settings, faults: _Faults) -> str | None:
+def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | None:
     """The teacher's revision, where it is a model."""
     revision = None
     wanted: list[tuple[str, str, pretrained.Purpose]] = [("/student/model", spec.student.model, "student")]
@@ -238,24 +241,6 @@ def _check_models(spec: JobSpec, settings: Settings, faults: _Faults) -> str | N
                     f"{name!r} has {source.layers} layers; ask for at most that many, or leave num_layers out to keep all",
                 )  # fmt: skip
     return revision
-
-
-def _check_endpoint(
-    session: Session, spec: JobSpec, teacher: EndpointTeacher, settings: Settings, faults: _Faults
-) -> str | None:
-    """What the labels will depend on, as far as it is known; a worker finds out the rest."""
-    endpoint = settings.endpoints.get(teacher.endpoint)
-    if endpoint is None:
-        offered = f"those are: {_some(settings.endpoints)}" if settings.endpoints else "there is none"
-        faults.note(
-            "/teacher/endpoint", "unknown_endpoint",
-            f"{teacher.endpoint!r} is not an endpoint that the operator has configured; {offered}",
-        )  # fmt: skip
-        return None
-    how = endpoints.reading(teacher, endpoint, endpoints.known(session, teacher.endpoint, endpoint))
-    if how == "none" and needs_confidence(spec.method):
-        faults.note("/method/kind", "confidence_missing", endpoints.no_confidence(spec.method.kind))
-    return endpoints.revision(endpoint, how)
 
 
 def _some(names: object) -> str:

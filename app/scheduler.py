@@ -1,11 +1,12 @@
 """The scheduler: every few seconds it sets going again what a lost worker or a lost message has left behind.
 
 Any number of schedulers may run; a lock in the database lets one of them sweep at a time. Beside the sweep each sends
-webhooks, in a thread of its own, so that slow receivers hold up no job.
+webhooks and deletes what need not be kept, in threads of their own, so that slow receivers and files hold up no job.
 """
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
 import threading
@@ -19,13 +20,16 @@ from redis.exceptions import RedisError
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import lifecycle, webhooks
+from app import lifecycle, retention, webhooks
 from app.config import settings
 from app.db import session_scope
 from app.queue import QUEUES, producer
+from app.storage import storage
 
 SWEEP_LOCK = 0x73776565
 """Of PostgreSQL's advisory locks; any number, the same in every scheduler."""
+
+MINUTES_BETWEEN_FILE_SWEEPS = 60
 
 log = structlog.get_logger()
 
@@ -35,6 +39,7 @@ def run() -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     threading.Thread(target=send_webhooks, name="webhooks", daemon=True).start()
+    threading.Thread(target=keep_house, name="retention", daemon=True).start()
     while True:
         try:
             if touched := sweep():
@@ -64,6 +69,22 @@ def send_webhooks() -> NoReturn:
         except Exception:
             log.exception("webhooks_failed")
         time.sleep(settings().sweep_seconds)
+
+
+def keep_house() -> NoReturn:
+    """Delete what has expired or is too old, every minute, and files without a row, every hour. No error ends it."""
+    for minute in itertools.count():
+        try:
+            while retention.retain(storage()) >= retention.BATCH:
+                pass
+            if minute % MINUTES_BETWEEN_FILE_SWEEPS == 0:
+                retention.sweep_files(storage())
+        except SQLAlchemyError as error:
+            log.warning("database_unreachable", error=str(error))
+        except Exception:
+            log.exception("retention_failed")
+        time.sleep(60)
+    raise AssertionError("unreachable")
 
 
 def is_empty(queue: str) -> bool:

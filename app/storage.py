@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -76,13 +77,29 @@ class Storage:
         """Bytes of the file. Raises FileNotFoundError."""
         return int(self.filesystem.size(self._path(key)))
 
+    def names(self, prefix: str) -> list[str]:
+        """The names of the files and folders right under `prefix/`, in order; there may be none."""
+        self.filesystem.invalidate_cache()
+        try:
+            entries = self.filesystem.ls(self._path(prefix), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
+
+    def abandoned(self, seconds: float) -> list[Path]:
+        """Files that a process which died in put() left half-written at least so long ago; only a local storage has any."""
+        if not self.is_local:
+            return []
+        limit = time.time() - seconds
+        return [path for path in Path(self.root).rglob(".*") if path.is_file() and path.stat().st_mtime < limit]
+
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.rm_file(self._path(key))
 
     def delete_all(self, prefix: str) -> None:
-        """Remove every file under `prefix/`; there may be none."""
+        """Remove the file at `prefix`, or every file under `prefix/`; there may be none."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.rm(self._path(prefix), recursive=True)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from app import ledger, records
+from app import ledger, predictions, records
 from app.config import settings
 from app.models import Checkpoint, Dataset, Job, new_id
 from app.storage import Storage, sha256_of
@@ -90,6 +90,37 @@ def write_ledger(
         path = Path(directory) / "samples.parquet"
         pq.write_table(table, path, row_group_size=LEDGER_GROUP_ROWS, compression="zstd")
         files.put(ledger.key(job_id), path)
+
+
+def write_predictions(
+    files: Storage, job_id: str, gold: Sequence[str | None], labels: Sequence[str], student: NDArray[np.float32],
+    teacher: NDArray[np.float32] | None,
+) -> None:  # fmt: skip
+    """Store what student and teacher say about each of the N test rows that has a true label, as app.predictions.SCHEMA.
+
+    student, teacher: (N, C) distributions; the teacher's are NaN where it gave no answer.
+    """
+    known = [row for row, name in enumerate(gold) if name is not None]
+
+    def names(probabilities: NDArray[np.float32]) -> pa.Array:
+        answered = ~np.isnan(probabilities[known, 0])
+        best = probabilities[known].argmax(axis=1)
+        chosen = [labels[index] if ok else None for index, ok in zip(best, answered, strict=True)]
+        return pa.array(chosen, pa.string()).dictionary_encode()
+
+    table = pa.table(
+        {
+            "row": np.array(known, np.int64),
+            "gold": pa.array([gold[row] for row in known], pa.string()).dictionary_encode(),
+            "student": names(student),
+            "confidence": student[known].max(axis=1),
+            "teacher": names(np.full_like(student, np.nan) if teacher is None else teacher),
+        }
+    ).cast(predictions.SCHEMA)
+    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
+        path = Path(directory) / "predictions.parquet"
+        pq.write_table(table, path, compression="zstd")
+        files.put(predictions.key(job_id), path)
 
 
 def publish_checkpoint(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import structlog
 
-from app import endpoints, labels, lifecycle, pretrained
+from app import labels, lifecycle, pretrained
 from app.config import settings
 from app.db import session_scope
 from app.errors import Problem
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Dataset, Job, LabelSet, LabelShard
-from app.options import JobSpec, Label, needs_confidence
+from app.options import JobSpec, Label
 from app.storage import Storage, storage
 from workers.artifacts import read_rows
 from workers.reporter import Heartbeat
 from workers.teachers import TEACHERS
-from workers.teachers.endpoint import EndpointTeacher
-from workers.teachers.teacher import AskedToStop, Row, Teacher, TeacherAway
+from workers.teachers.teacher import Row, Teacher
 
 log = structlog.get_logger()
 
@@ -65,78 +64,48 @@ def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
             return
         except WorkFailed as failure:
             with session_scope() as session:
-                lifecycle.fail_shard(session, job_id, shard, failure.code, failure.message)
+                lifecycle.fail_shard(session, shard, failure.code, failure.message)
             return
         except Problem as problem:  # a model that this worker lacks
             with session_scope() as session:
-                lifecycle.fail_shard(session, job_id, shard, problem.code, problem.detail)
+                lifecycle.fail_shard(session, shard, problem.code, problem.detail)
             return
         except Exception as error:
             log.exception("labeling_failed", job_id=job_id, shard=shard.index)
             with session_scope() as session:
-                lifecycle.fail_shard(session, job_id, shard, "labeling_failed", f"{type(error).__name__}: {error}")
+                lifecycle.fail_shard(session, shard, "labeling_failed", f"{type(error).__name__}: {error}")
             return
 
 
 def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelShard, stopping: threading.Event) -> None:
-    """Label one shard and record it. Raises LeaseLost when it is not, or no longer, this worker's."""
+    """Label one shard and record it. Raises LeaseLost when it is no longer this worker's."""
     spec = JobSpec.model_validate(job.spec)
     names = [Label.model_validate(entry) for entry in label_set.labels]
-    answers: _Answers | None = None
+    teacher = teacher_for(spec, names, label_set.fingerprint)
 
     def renew() -> str | None:
         with session_scope() as session:
-            lifecycle.renew_shard(session, job.id, shard)
+            lifecycle.renew_shard(session, shard)
         return None
 
     with Heartbeat(renew) as heartbeat:
-
-        def should_stop() -> bool:
-            return heartbeat.lost.is_set() or stopping.is_set()
-
-        try:
-            teacher = _ready_teacher(spec, names, label_set, should_stop)
-            rows = read_rows(storage(), dataset, shard.start, shard.stop)
-            began = time.perf_counter()
-            answers = _Answers(job.tenant, label_set.fingerprint, len(names), teacher)
-            for start in range(0, len(rows), CHUNK_ROWS):
-                if should_stop():
-                    raise AskedToStop
-                answers.add(rows[start : start + CHUNK_ROWS])
-        except (AskedToStop, TeacherAway) as reason:
+        rows = read_rows(storage(), dataset, shard.start, shard.stop)
+        began = time.perf_counter()
+        answers = _Answers(job.tenant, label_set.fingerprint, len(names), teacher)
+        for start in range(0, len(rows), CHUNK_ROWS):
             if heartbeat.lost.is_set():
-                raise LeaseLost from None
-            with session_scope() as session:
-                lifecycle.release_shard(session, shard, cost=answers.cost if answers else None)
-                if isinstance(reason, TeacherAway):
-                    lifecycle.note_teacher_away(session, job.id, str(reason))
-            raise LeaseLost from None
+                raise LeaseLost
+            if stopping.is_set():
+                with session_scope() as session:
+                    lifecycle.release_shard(session, shard)
+                raise LeaseLost
+            answers.add(rows[start : start + CHUNK_ROWS])
         seconds = time.perf_counter() - began
         _store(storage(), shard, answers.table(shard.start))
         with session_scope() as session:
-            lifecycle.finish_shard(session, job.id, shard, {**answers.figures(), "seconds": round(seconds, 4)})
+            lifecycle.finish_shard(session, shard, {**answers.figures(), "seconds": round(seconds, 4)})
             known = session.get_one(LabelSet, label_set.id, with_for_update=True)
             known.confidence_method, known.report = teacher.confidence_method, teacher.report()
-
-
-def _ready_teacher(spec: JobSpec, names: list[Label], label_set: LabelSet, should_stop: Callable[[], bool]) -> Teacher:
-    """The job's teacher. An endpoint is asked what it can do before anything else: its labels' fingerprint holds that.
-
-    Raises WorkFailed, TeacherAway or AskedToStop.
-    """
-    global _loaded
-    teacher = teacher_for(spec, names, label_set.fingerprint)
-    if isinstance(teacher, EndpointTeacher):
-        teacher.should_stop = should_stop
-        fingerprint = labels.fingerprint(spec.teacher, names, teacher.revision)
-        if fingerprint != label_set.fingerprint:
-            with session_scope() as session:
-                session.get_one(LabelSet, label_set.id, with_for_update=True).fingerprint = fingerprint
-            label_set.fingerprint = fingerprint
-            _loaded = (fingerprint, teacher)
-        if teacher.confidence_method == "none" and needs_confidence(spec.method):
-            raise WorkFailed("confidence_missing", endpoints.no_confidence(spec.method.kind))
-    return teacher
 
 
 _loaded: tuple[str, Teacher] | None = None
@@ -168,10 +137,9 @@ class _Answers:
         self.tokens: list[int] = []
         self.errors: list[str | None] = []
         self.tokens_saved = 0
-        self.cost: float | None = None
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Answer a chunk of rows. What the teacher says is in the cache before this returns, or raises what ended it."""
+        """Answer a chunk of rows. What the teacher says is in the cache before this returns."""
         if not self.teacher.cacheable:
             labeled = self.teacher.label(list(rows))
             for position in range(len(rows)):
@@ -183,26 +151,20 @@ class _Answers:
             known = labels.look_up(session, self.tenant, self.fingerprint, hashes)
         missing = {key: row for key, row in zip(hashes, rows, strict=True) if key not in known}
         asked: dict[bytes, tuple[np.ndarray, int]] = {}
-        errors: dict[bytes, tuple[str, int]] = {}
+        errors: dict[bytes, str] = {}
         if missing:
             labeled = self.teacher.label(list(missing.values()))
-            if labeled.cost is not None:
-                self.cost = (self.cost or 0.0) + labeled.cost
             for position, key in enumerate(missing):
                 if position in labeled.errors:
-                    errors[key] = (labeled.errors[position], int(labeled.tokens[position]))
-                elif position not in labeled.unasked:
+                    errors[key] = labeled.errors[position]
+                else:
                     asked[key] = (labeled.probabilities[position], int(labeled.tokens[position]))
             with session_scope() as session:
                 labels.remember(session, self.tenant, self.fingerprint, asked)
-            if labeled.ended is not None:
-                raise labeled.ended
         paid: set[bytes] = set()
         for key in hashes:
             if key in errors:
-                reason, tokens = errors[key]
-                self._append(None, "teacher", 0 if key in paid else tokens, reason)
-                paid.add(key)
+                self._append(None, "teacher", 0, errors[key])
             elif key in asked and key not in paid:
                 paid.add(key)
                 self._append(*asked[key][:1], "teacher", asked[key][1], None)
@@ -223,12 +185,10 @@ class _Answers:
             "rows_failed": sum(error is not None for error in self.errors),
             "tokens": sum(self.tokens),
             "tokens_saved": self.tokens_saved,
-            "cost": self.cost,
         }
 
     def table(self, start: int) -> pa.Table:
-        sure = self.teacher.confidence_method != "none"
-        confidences = [float(entry.max()) if sure and entry is not None else None for entry in self.probabilities]
+        confidences = [None if entry is None else float(entry.max()) for entry in self.probabilities]
         columns = {
             "row": range(start, start + len(self.probabilities)),
             "probabilities": [None if entry is None else entry.tolist() for entry in self.probabilities],

@@ -69,6 +69,8 @@ class Material:
 def run_job(job: Job, report: Reporter) -> None:
     """Train, score and publish. Raises WorkFailed with a reason, Stopped, or LeaseLost."""
     files = storage()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     material = gather(job, files)
     probabilities = material.probabilities("train")
     _refuse_a_constant_teacher(material, probabilities)
@@ -112,7 +114,7 @@ def run_job(job: Job, report: Reporter) -> None:
     )  # fmt: skip
     report.selection(run.progress.selection())
     try:
-        evaluation = score(material, student, tokens, held_out, probabilities, barred, report)
+        evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
     except Stopped:
         resume.save(run, files, job.id)
         raise
@@ -150,7 +152,9 @@ def choose_rows(material: Material, barred: NDArray[np.bool_]) -> tuple[NDArray[
         return labeled, np.flatnonzero([name is not None and key not in tested for name, key in named])
     share = material.spec.training.validation_share
     count = min(max(1, round(share * len(labeled))), max(0, len(labeled) - 1))
-    random = np.random.Generator(np.random.PCG64(material.spec.training.seed))
+    training = material.spec.training
+    seed = training.seed if training.split_seed is None else training.split_seed
+    random = np.random.Generator(np.random.PCG64(seed))
     hashes = material.hashes("train")
     held_back = {hashes[row] for row in random.permutation(labeled[~barred[labeled]])[:count]}
     is_held_back = np.array([hashes[row] in held_back for row in labeled], bool)
@@ -228,10 +232,13 @@ def _indices(material: Material, split: str) -> NDArray[np.int64]:
 
 
 def score(
-    material: Material, student: Student, tokens: dict[str, Any], held_out: HeldOut,
+    job: Job, files: Storage, material: Material, student: Student, tokens: dict[str, Any], held_out: HeldOut,
     probabilities: NDArray[np.float32], barred: int, report: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of the best student and of the teacher. The test set is looked at here and nowhere else."""
+    """Scores of the best student and of the teacher. The test set is looked at here and nowhere else.
+
+    Leaves the answers on the test set in the storage, by which a comparison tells two runs apart.
+    """
     seed = material.spec.training.seed
     splits = [split for split in ("validation", "test") if split in material.datasets]
     report.phase("evaluating", sum(material.datasets[split].rows for split in splits) or len(held_out.rows))
@@ -255,10 +262,10 @@ def score(
             answered = ~teacher[:, 0].isnan()
             known = [name if ok else None for name, ok in zip(gold, answered.tolist(), strict=True)]
             if any(name is not None for name in known):
-                scores = evaluate(teacher.nan_to_num(0.0), known, material.labels, seed)
-                if material.teacher_report["confidence_method"] == "none":
-                    scores["expected_calibration_error"] = None
-                evaluation[split]["teacher"] = scores
+                evaluation[split]["teacher"] = evaluate(teacher.nan_to_num(0.0), known, material.labels, seed)
+        if split == "test":
+            asked = material.probabilities(split) if split in material.answers else None
+            artifacts.write_predictions(files, job.id, gold, material.labels, predicted.numpy(), asked)
         done += material.datasets[split].rows
         report.progress(done)
     if "validation" not in splits:
@@ -289,6 +296,9 @@ def _publish(
     # At the step of the checkpoint they belong to: at the last step they would overwrite that epoch's own score.
     report.metrics(run.progress.best_step, run.progress.best_epoch, metrics)
     report.metrics(run.progress.step, float(run.progress.epoch), {"training_seconds": run.progress.seconds})
+    if torch.cuda.is_available():
+        peak = float(torch.cuda.max_memory_allocated())
+        report.metrics(run.progress.step, float(run.progress.epoch), {"gpu_memory_bytes": peak})
     report.progress(1)
     report.flush()
     try:

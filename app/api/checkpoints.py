@@ -12,6 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app import retention
 from app.api.deps import PageDep, SessionDep, StorageDep, TenantDep, newest_first, owned, problems
 from app.api.schemas import CheckpointRead, PageRead
 from app.errors import NotFound, NotReady, RangeNotSatisfiable, Unauthorized
@@ -68,9 +69,15 @@ def download_best(
     """The best checkpoint of a job, as one tar."""
     job = owned(session, Job, job_id, tenant)
     if job.best_checkpoint_id is None:
-        raise NotReady(f"The job is {job.status} and has no checkpoint yet.")
+        raise NotReady(f"The job is {job.status} and has no checkpoint.")
     checkpoint = owned(session, Checkpoint, job.best_checkpoint_id, tenant)
     return _send(storage, checkpoint, request, range, if_range, if_none_match)
+
+
+@router.delete("/checkpoints/{checkpoint_id}", status_code=204, responses=problems(Unauthorized, NotFound))
+def delete_checkpoint(checkpoint_id: str, session: SessionDep, storage: StorageDep, tenant: TenantDep) -> None:
+    """Delete a checkpoint and its tar; the job stays, with its scores."""
+    retention.delete_checkpoint(session, storage, owned(session, Checkpoint, checkpoint_id, tenant))
 
 
 def _read(session: Session, checkpoint: Checkpoint) -> CheckpointRead:

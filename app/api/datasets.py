@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials
-from sqlalchemy import event, exists, or_, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import lifecycle, records
+from app import records, retention
 from app.api.deps import (
     IdempotencyDep,
     PageDep,
@@ -49,14 +49,11 @@ from app.errors import (
     Unprocessable,
     UnsupportedMedia,
 )
-from app.models import Dataset, Job, new_id, now
+from app.models import Dataset, new_id, now
 from app.options import Text
 from app.storage import Storage
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
-
-NOBODY = ""
-"""The tenant of a deleted dataset whose row is kept for the jobs that learned from it; no key can have this name."""
 
 
 class WarningRead(Read):
@@ -278,23 +275,4 @@ def list_rows(
 @router.delete("/{dataset_id}", status_code=204, responses=problems(Unauthorized, NotFound, DatasetInUse))
 def delete_dataset(dataset_id: str, session: SessionDep, storage: StorageDep, tenant: TenantDep) -> None:
     """Delete a dataset and its rows. A job that has not ended holds it: 409."""
-    # The lock that POST /jobs shares, so that no job can begin to use the dataset meanwhile.
-    session.execute(select(Dataset.id).where(Dataset.id == dataset_id.replace("\x00", "")).with_for_update())
-    dataset = owned(session, Dataset, dataset_id, tenant)
-    if _used(session, dataset, only_active=True):
-        raise DatasetInUse
-    if _used(session, dataset, only_active=False):
-        dataset.tenant = NOBODY
-    else:
-        session.delete(dataset)
-    event.listen(session, "after_commit", lambda _: storage.delete(dataset.key), once=True)
-
-
-def _used(session: Session, dataset: Dataset, *, only_active: bool) -> bool:
-    of_dataset = or_(
-        Job.dataset_id == dataset.id, Job.validation_dataset_id == dataset.id, Job.test_dataset_id == dataset.id
-    )
-    query = exists().where(of_dataset)
-    if only_active:
-        query = query.where(Job.status.not_in(lifecycle.TERMINAL))
-    return bool(session.scalar(select(query)))
+    retention.delete_dataset(session, storage, owned(session, Dataset, dataset_id, tenant))

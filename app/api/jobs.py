@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from app import estimates, ledger, lifecycle, preflight
+from app import estimates, ledger, lifecycle, preflight, retention
 from app.api.deps import (
     IdempotencyDep,
     PageDep,
@@ -172,6 +172,12 @@ def resume_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
 def retry_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
     """Try a failed or cancelled job again, from its last saved state."""
     return _move(lifecycle.retry, job_id, session, tenant)
+
+
+@router.delete("/{job_id}", status_code=204, responses=problems(Unauthorized, NotFound, IllegalMove))
+def delete_job(job_id: str, session: SessionDep, storage: StorageDep, tenant: TenantDep) -> None:
+    """Delete a job that has ended, with its events, metrics, ledger, labels and checkpoints."""
+    retention.delete_job(session, storage, owned(session, Job, job_id, tenant))
 
 
 # --- events ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from app import lifecycle
-from app.models import Job
+from app import comparisons, lifecycle
+from app.models import Comparison, Job
+from app.storage import Storage
 
 Item = TypeVar("Item")
 
@@ -90,8 +91,6 @@ class LabelingRead(Read):
     tokens: int
     tokens_saved: int
     seconds: float
-    cost: float | None
-    """What the endpoint's answers cost, in the operator's currency; null where it has no price."""
     teacher: dict[str, Any]
 
 
@@ -118,6 +117,10 @@ class JobRead(Read):
     evaluation: dict[str, Any] | None
     """Scores of teacher and student on the validation and the test set, with 95 % bootstrap intervals."""
     best_checkpoint_id: str | None
+    comparison_id: str | None
+    """The comparison that this job is a run of."""
+    arm: str | None
+    """The row of the comparison's table."""
     metadata: dict[str, str]
     created_at: datetime
     started_at: datetime | None
@@ -146,14 +149,149 @@ class DryRunRead(Read):
     """Train rows, and held-out rows where the teacher is scored on them, that the label cache lacks."""
     rows_cached: int
     teacher_tokens: int
-    """Tokens the teacher would read, estimated from the rows' and the prompt's lengths at four characters a token."""
-    cost: float | None
-    """What they would cost where the endpoint has a price, in the operator's currency."""
+    """Tokens the teacher would read, estimated from the rows' lengths at four characters a token."""
     estimated_seconds: float
     estimate_basis: str
     """`measured` when the rates are those of earlier jobs on this server, else `default_rates`."""
     labels: list[str]
     warnings: list[dict[str, Any]]
+
+
+class MeanRead(Read):
+    """Over the runs that have a score; all null before the first."""
+
+    mean: float | None
+    sd: float | None
+    """Sample standard deviation; null with fewer than two runs."""
+    runs: int
+
+
+class IntervalRead(Read):
+    """A difference to the first arm with its 95 % paired-bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class DifferenceRead(Read):
+    """This arm minus the first, over the seeds that both have finished, on the same test rows."""
+
+    seeds: int
+    accuracy: IntervalRead
+    macro_f1: IntervalRead
+
+
+class RunRead(Read):
+    """One arm with one seed: a job."""
+
+    seed: int
+    job_id: str
+    status: str
+    progress: float
+    error: JobError | None
+    accuracy: float | None
+    macro_f1: float | None
+    seen: int | None
+    """Rows offered: rows x epochs."""
+    selected: int | None
+    """Rows trained on."""
+    share: float | None
+    """selected / seen."""
+    seconds: float | None
+    """Wall time of the training."""
+    gpu_memory_bytes: int | None
+    """The most that was allocated at once; null on a CPU."""
+
+
+class ArmRead(Read):
+    """A row of the table. Figures are means over the runs that have succeeded; scores are of the test set."""
+
+    name: str
+    method: str
+    status: str
+    progress: float
+    accuracy: MeanRead
+    macro_f1: MeanRead
+    rank: float | None
+    """By macro-F1 among the arms, 1 the best, averaged over the seeds that every arm has finished."""
+    difference: DifferenceRead | None
+    """Null for the first arm."""
+    seen: float | None
+    selected: float | None
+    share: float | None
+    seconds: float | None
+    gpu_memory_bytes: int | None
+    runs: list[RunRead]
+
+
+class TeacherScores(Read):
+    """The teacher's own answers on the test set; intervals are 95 % bootstrap intervals."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    macro_f1_interval: tuple[float, float]
+
+
+class ComparisonBrief(Read):
+    """A comparison in a list: without its table."""
+
+    id: str
+    name: str | None
+    status: str
+    is_terminal: bool
+    progress: float
+    eta_seconds: float | None
+    spec: dict[str, Any]
+    warnings: list[dict[str, Any]]
+    metadata: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+    @classmethod
+    def facts(cls, comparison: Comparison) -> dict[str, Any]:
+        """What is computed from the comparison's jobs."""
+        jobs = comparison.jobs
+        ended = comparisons.status(jobs) in lifecycle.TERMINAL
+        return {
+            **{name: getattr(comparison, name) for name in ("id", "name", "spec", "warnings", "created_at")},
+            "metadata": comparison.metadata_,
+            "status": comparisons.status(jobs),
+            "is_terminal": ended,
+            "progress": comparisons.progress(jobs),
+            "eta_seconds": comparisons.eta_seconds(jobs),
+            "started_at": min((job.started_at for job in jobs if job.started_at), default=None),
+            "finished_at": max((job.finished_at for job in jobs if job.finished_at), default=None) if ended else None,
+        }
+
+    @classmethod
+    def brief(cls, comparison: Comparison) -> ComparisonBrief:
+        return cls.model_validate(cls.facts(comparison))
+
+
+class ComparisonRead(ComparisonBrief):
+    """A comparison with its table."""
+
+    labeling: LabelingRead
+    """Of the labels that the arms share; those of an arm with a teacher or rows of its own stand in its jobs."""
+    teacher: TeacherScores | None
+    arms: list[ArmRead]
+
+    @classmethod
+    def of(cls, session: Session, storage: Storage, comparison: Comparison) -> ComparisonRead:
+        """The comparison with what is computed from its jobs."""
+        own = {arm["name"] for arm in comparison.spec["arms"] if arm["teacher"] is None and arm["dataset_id"] is None}
+        jobs = comparison.jobs
+        labeled = next((job for job in jobs if job.arm in own), jobs[0])
+        return cls.model_validate(
+            {
+                **cls.facts(comparison),
+                **comparisons.table(storage, comparison),
+                "labeling": lifecycle.labeling_figures(session, labeled),
+            }
+        )
 
 
 class EventRead(Read):

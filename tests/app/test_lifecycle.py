@@ -65,7 +65,7 @@ def claim_shard(job_id: str, worker: str = "labeler") -> LabelShard | None:
 
 def finish_shard(job_id: str, shard: LabelShard, **figures: Any) -> None:
     with session_scope() as session:
-        lifecycle.finish_shard(session, job_id, shard, FIGURES | figures)
+        lifecycle.finish_shard(session, shard, FIGURES | figures)
 
 
 def finish_labeling(job_id: str) -> None:
@@ -286,11 +286,11 @@ def test_a_labeler_that_lost_its_shard_changes_nothing(job_id: str) -> None:
     with session_scope() as session:
         lifecycle.release_shard(session, late)
     with pytest.raises(LeaseLost), session_scope() as session:
-        lifecycle.renew_shard(session, job_id, late)
+        lifecycle.renew_shard(session, late)
     with pytest.raises(LeaseLost):
         finish_shard(job_id, late, tokens=7)
     with session_scope() as session:
-        lifecycle.fail_shard(session, job_id, late, "labeling_failed", "too late")
+        lifecycle.fail_shard(session, late, "labeling_failed", "too late")
     shard = shards_of(job_id)[late.index]
     assert (shard.status, shard.worker, shard.tokens) == ("claimed", "heir", 0)
     assert job_of(job_id).status == "running"
@@ -303,7 +303,7 @@ def test_a_shard_that_fails_fails_its_job_with_the_reason(job_id: str) -> None:
     shard = claim_shard(job_id)
     assert shard is not None
     with session_scope() as session:
-        lifecycle.fail_shard(session, job_id, shard, "labeling_failed", "the model is gone")
+        lifecycle.fail_shard(session, shard, "labeling_failed", "the model is gone")
     job = job_of(job_id)
     assert job.status == "failed"
     assert job.error == {"code": "labeling_failed", "message": "the model is gone", "phase": "labeling"}
@@ -354,7 +354,7 @@ def test_labeling_goes_on_through_pause_and_resume_of_the_job(job_id: str) -> No
     move("resume", job_id)
     # The job waits in the queue, and the shard that was begun before the pause is not thrown away.
     with session_scope() as session:
-        lifecycle.renew_shard(session, job_id, second)
+        lifecycle.renew_shard(session, second)
     finish_shard(job_id, second)
     finish_labeling(job_id)
     assert job_of(job_id).phase == "training"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,7 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from app import pretrained
-from app.config import settings
-from app.embedded import Embedded
-from app.options import DatasetTeacher, EmbeddingTeacher, EndpointTeacher, Example, Label
-from tests.openai_server import ALTERNATIVES, World, serving
+from app.options import DatasetTeacher, EmbeddingTeacher, Example, Label
 from workers.teachers import TEACHERS, Row, Teacher, linear_head
 from workers.teachers.embedding import Encoder, pair_features
 from workers.teachers.linear_head import View
@@ -54,18 +50,8 @@ def bundled() -> pretrained.Source:
 
 
 @pytest.fixture(scope="session")
-def endpoint(services: Embedded) -> Iterator[None]:
-    """The operator's endpoint `world`: a server that lists alternatives."""
-    with pytest.MonkeyPatch.context() as patch, serving(World(ALTERNATIVES)) as world:
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setattr(settings(), "endpoints", {"world": world.endpoint()})
-        yield
-
-
-@pytest.fixture(scope="session")
-def teachers(bundled: pretrained.Source, endpoint: None) -> dict[str, Teacher]:
+def teachers(bundled: pretrained.Source) -> dict[str, Teacher]:
     options = {
-        "endpoint": EndpointTeacher(kind="endpoint", endpoint="world"),
         "dataset": DatasetTeacher(kind="dataset", default_confidence=0.8),
         "embedding": EmbeddingTeacher(kind="embedding"),
         "embedding, examples": EmbeddingTeacher(kind="embedding", examples=EXAMPLES),
@@ -77,7 +63,7 @@ def teachers(bundled: pretrained.Source, endpoint: None) -> dict[str, Teacher]:
 
 EVERY_KIND = pytest.mark.parametrize(
     "name",
-    ["dataset", "endpoint", "embedding", "embedding, examples", "embedding, pairs", "embedding, one example a label"],
+    ["dataset", "embedding", "embedding, examples", "embedding, pairs", "embedding, one example a label"],
 )
 
 

@@ -2,13 +2,8 @@
 
 from workers.teachers.dataset import DatasetTeacher
 from workers.teachers.embedding import EmbeddingTeacher
-from workers.teachers.endpoint import EndpointTeacher
 from workers.teachers.teacher import Labeled, Row, Teacher
 
-TEACHERS: dict[str, type[Teacher]] = {
-    "dataset": DatasetTeacher,
-    "embedding": EmbeddingTeacher,
-    "endpoint": EndpointTeacher,
-}
+TEACHERS: dict[str, type[Teacher]] = {"dataset": DatasetTeacher, "embedding": EmbeddingTeacher}
 
 __all__ = ["TEACHERS", "Labeled", "Row", "Teacher"]

@@ -37,8 +37,7 @@ class Scores(TypedDict):
     accuracy_interval: tuple[float, float]
     macro_f1: float
     macro_f1_interval: tuple[float, float]
-    expected_calibration_error: float | None
-    """None for a teacher that gives labels without a confidence."""
+    expected_calibration_error: float
     per_class: dict[str, ClassScore]
 
 
