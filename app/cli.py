@@ -87,7 +87,9 @@ app = typer.Typer(
     cls=OneLineErrors, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
     help="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
 )  # fmt: skip
-keys_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys (on the server's database).")
+keys_app = typer.Typer(
+    no_args_is_help=True, help="Make, list, rotate, limit and revoke API keys (on the server's database)."
+)
 app.add_typer(keys_app, name="keys")
 
 
@@ -177,52 +179,167 @@ def sweep_files(
         out.print(key, markup=False)
 
 
+class Scope(StrEnum):
+    READ = "read"
+    WRITE = "write"
+    ADMIN = "admin"
+
+
+KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys list` shows it.")]
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option("--limit", metavar="NAME=VALUE", help="A limit that differs from the settings'; `none` for no limit."),
+]
+
+
 @keys_app.command("create")
 def create_key(
     tenant: Annotated[str, typer.Argument(help="Whose data the key opens.")],
     name: Annotated[str, typer.Option(help="What the key is for.")] = "made on the command line",
-    days: Annotated[int | None, typer.Option(min=1, help="How long it works; for ever when left out.")] = None,
+    days: Annotated[float | None, typer.Option(min=0.001, help="How long it works; for ever when left out.")] = None,
+    scope: Annotated[Scope, typer.Option(help="What it may do; admin also manages the tenant's keys.")] = Scope.WRITE,
+    limit: LimitOption = None,
 ) -> None:
     """Make a key and print it. It is shown this once."""
-    from app import keys
+    from app import audit, keys
     from app.db import session_scope
 
+    own = _limits(limit or [])
     try:
         with session_scope() as session:
-            row, key = keys.create(session, tenant, name, days=days)
+            row, key = keys.create(session, tenant, name, days=days, scope=scope.value, limits=own)
+            audit.add(session, action="create_key", tenant=tenant, object_id=row.id, address="command line")
     except ValueError as error:
         raise Mistake(str(error)) from None
-    err.print(f"{row.id} for tenant {row.tenant}")
+    err.print(f"{row.id} for tenant {row.tenant}, scope {row.scope}")
     out.print(key, markup=False)
 
 
+def _limits(entries: list[str]) -> dict[str, int | None]:
+    from app import limits
+
+    found: dict[str, int | None] = {}
+    for entry in entries:
+        name, _, value = entry.partition("=")
+        try:
+            found |= limits.checked({name: None if value == "none" else int(value)})
+        except ValueError as error:
+            raise Mistake(f"--limit {entry}: {error}") from None
+    return found
+
+
 @keys_app.command("list")
-def list_keys() -> None:
+def list_keys(
+    tenant: Annotated[str | None, typer.Option(help="Only keys of this tenant.")] = None,
+) -> None:
     """List the keys. The keys themselves are kept nowhere."""
     from sqlalchemy import select
 
     from app.db import session_scope
     from app.models import ApiKey
 
-    table = Table("id", "tenant", "name", "made", "expires", "revoked")
+    table = Table("id", "tenant", "name", "scope", "made", "used", "expires", "revoked", "limits")
     with session_scope() as session:
         for key in session.scalars(select(ApiKey).order_by(ApiKey.id)):
-            moments = (key.created_at, key.expires_at, key.revoked_at)
+            if tenant not in (None, key.tenant):
+                continue
+            moments = (key.created_at, key.last_used_at, key.expires_at, key.revoked_at)
             days = (f"{moment:%Y-%m-%d}" if moment else "" for moment in moments)
-            table.add_row(key.id, key.tenant, escape(key.name), *days)
+            own = " ".join(f"{name}={'none' if most is None else most}" for name, most in key.limits.items())
+            table.add_row(key.id, key.tenant, escape(key.name), key.scope, *days, own)
     out.print(table)
 
 
-@keys_app.command("revoke")
-def revoke_key(key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys list` shows it.")]) -> None:
-    """End a key."""
-    from app import keys
+@keys_app.command("rotate")
+def rotate_key(
+    key_id: KeyId,
+    grace_hours: Annotated[float, typer.Option(min=0, help="How long the old key goes on working.")] = 24,
+) -> None:
+    """Make a key in the place of another and print it. The old one goes on working for the grace period."""
+    from app import audit, keys
     from app.db import session_scope
+    from app.errors import KeyEnded
+    from app.models import ApiKey
+
+    with session_scope() as session:
+        old = session.get(ApiKey, key_id)
+        if old is None:
+            raise Mistake(f"there is no key {key_id}")
+        try:
+            row, key = keys.rotate(session, old, grace_hours=grace_hours)
+        except KeyEnded as error:
+            raise Mistake(str(error)) from None
+        audit.add(session, action="rotate_key", tenant=old.tenant, object_id=key_id, address="command line")
+        until = old.expires_at
+    err.print(f"{row.id} for tenant {row.tenant}; {key_id} works until {until:%Y-%m-%d %H:%M} UTC")
+    out.print(key, markup=False)
+
+
+@keys_app.command("limit")
+def limit_key(
+    key_id: KeyId,
+    limit: Annotated[list[str] | None, typer.Argument(metavar="NAME=VALUE…", help="`none` for no limit.")] = None,
+) -> None:
+    """Set the limits of a key that differ from the settings'; without any, the settings' hold again."""
+    from app import audit
+    from app.db import session_scope
+    from app.models import ApiKey
+
+    own = _limits(limit or [])
+    with session_scope() as session:
+        key = session.get(ApiKey, key_id, with_for_update=True)
+        if key is None:
+            raise Mistake(f"there is no key {key_id}")
+        key.limits = own
+        audit.add(session, action="limit_key", tenant=key.tenant, object_id=key_id, address="command line")
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: KeyId) -> None:
+    """End a key."""
+    from app import audit, keys
+    from app.db import session_scope
+    from app.models import ApiKey
 
     with session_scope() as session:
         revoked = keys.revoke(session, key_id)
+        if revoked:
+            tenant = session.get_one(ApiKey, key_id).tenant
+            audit.add(session, action="revoke_key", tenant=tenant, object_id=key_id, address="command line")
     if not revoked:
         raise Mistake(f"there is no working key {key_id}")
+
+
+@app.command("audit")
+def show_audit(
+    tenant: Annotated[str | None, typer.Option(help="Only what this tenant's keys did.")] = None,
+    denied: Annotated[bool, typer.Option("--denied", help="Only what was denied.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="At most this many, the newest.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Show who did, or tried, what (on the server's database), newest first."""
+    from sqlalchemy import select
+
+    from app.db import session_scope
+    from app.models import AuditEntry
+
+    query = select(AuditEntry).order_by(AuditEntry.id.desc()).limit(limit)
+    if tenant is not None:
+        query = query.where(AuditEntry.tenant == tenant)
+    if denied:
+        query = query.where(AuditEntry.outcome == "denied")
+    columns = [column.name for column in AuditEntry.__table__.columns if column.name != "id"]
+    table = Table(*columns)
+    with session_scope() as session:
+        for entry in session.scalars(query):
+            values = {name: getattr(entry, name) for name in columns}
+            values["at"] = f"{entry.at:%Y-%m-%d %H:%M:%S}Z" if not as_json else entry.at.isoformat()
+            if as_json:
+                print(json.dumps(values))
+            else:
+                table.add_row(*("" if value is None else escape(str(value)) for value in values.values()))
+    if not as_json:
+        out.print(table)
 
 
 # --- the client -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,11 @@ class Settings(BaseSettings):
     """Where the parts are and how much a client may ask of them."""
 
     model_config = SettingsConfigDict(
-        env_prefix="UNDERSTUDY_", env_file=".env", extra="ignore", use_attribute_docstrings=True
+        env_prefix="UNDERSTUDY_",
+        env_file=".env",
+        env_parse_none_str="none",
+        extra="ignore",
+        use_attribute_docstrings=True,
     )
 
     database_url: str = "postgresql+psycopg://understudy:understudy@localhost:5432/understudy"
@@ -42,6 +46,15 @@ class Settings(BaseSettings):
     """Bytes of one part of an upload in parts."""
     upload_expires_seconds: float = Field(24 * 3600.0, gt=0)
     """An upload in parts that nobody goes on with for this long is removed."""
+
+    max_requests_per_minute: int | None = Field(12_000, ge=1)
+    """Of one key; `none` for no limit. This and the three limits below can be set for a key: `understudy keys limit`."""
+    max_uploads_at_once: int | None = Field(16, ge=1)
+    """Of one tenant, in one API process."""
+    max_stored_bytes: int | None = Field(100 * 1024 * MIB, ge=1)
+    """Of one tenant's datasets, as they were received, checkpoints, and uploads in parts."""
+    max_unfinished_jobs: int | None = Field(1000, ge=1)
+    """Of one tenant: queued, running or paused."""
 
     shard_rows: int = Field(512, ge=1)
     """Rows a worker claims at a time for labeling."""

@@ -25,6 +25,7 @@ def engine() -> Engine:
         pool_pre_ping=True,
         pool_size=10,
         max_overflow=30,
+        hide_parameters=True,  # what statements carry does not stand in errors, and so not in logs
         connect_args={"connect_timeout": 5, "options": "-c timezone=UTC"},
     )
 

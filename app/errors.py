@@ -3,12 +3,14 @@
     Problem                     status, code, detail, errors
     ├── BadRequest 400
     ├── Unauthorized 401
+    ├── Forbidden 403
     ├── NotFound 404
-    ├── Conflict 409            DatasetInUse, IllegalMove, NotReady, RequestInFlight
+    ├── Conflict 409            DatasetInUse, IllegalMove, KeyEnded, NotReady, RequestInFlight, TooManyKeys
     ├── TooLarge 413
     ├── UnsupportedMedia 415
     ├── RangeNotSatisfiable 416
     ├── Unprocessable 422       DigestMismatch, InvalidRows, InvalidSpec, KeyReused
+    ├── TooMany 429             RateLimited, StorageFull, TooManyJobs, TooManyUploads
     └── Unavailable 503
 
 A class is a situation; its docstring is the default sentence the client reads.
@@ -78,6 +80,12 @@ class Unauthorized(Problem):
         super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
 
 
+class Forbidden(Problem):
+    """This API key may not do that; use one of a wider scope."""
+
+    status, code = 403, "forbidden"
+
+
 class NotFound(Problem):
     """There is nothing here under that id."""
 
@@ -112,6 +120,18 @@ class RequestInFlight(Conflict):
     """A request with this Idempotency-Key is still being answered; try again shortly."""
 
     code = "request_in_flight"
+
+
+class KeyEnded(Conflict):
+    """This key has expired or been revoked already; make a new one."""
+
+    code = "key_ended"
+
+
+class TooManyKeys(Conflict):
+    """This tenant has as many working keys as it may have; revoke one first."""
+
+    code = "too_many_keys"
 
 
 class TooLarge(Problem):
@@ -160,6 +180,39 @@ class KeyReused(Unprocessable):
     """This Idempotency-Key was used with another body; use a new key for a new request."""
 
     code = "idempotency_key_reused"
+
+
+class TooMany(Problem):
+    """A limit of this API key is reached; try again after `Retry-After` seconds."""
+
+    status, code = 429, "too_many"
+
+    def __init__(self, detail: str | None = None, *, retry_after: int = 30) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after)})
+
+
+class RateLimited(TooMany):
+    """Too many requests in the last minute; try again after `Retry-After` seconds."""
+
+    code = "rate_limited"
+
+
+class TooManyUploads(TooMany):
+    """Too many uploads at once; send this file when another has arrived."""
+
+    code = "too_many_uploads"
+
+
+class TooManyJobs(TooMany):
+    """Too many jobs have not ended; wait for one, or cancel one."""
+
+    code = "too_many_jobs"
+
+
+class StorageFull(TooMany):
+    """The tenant's room is used up; delete datasets or checkpoints that are no longer needed."""
+
+    code = "storage_full"
 
 
 class Unavailable(Problem):

@@ -1,19 +1,27 @@
-"""API keys: made, checked, revoked. The database holds a SHA-256 of each; 256 random bits need no slow hash."""
+"""API keys: made, checked, rotated, revoked. The database holds a SHA-256 of each; 256 random bits need no slow hash."""
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.models import ApiKey, new_id, now
+from app.errors import KeyEnded
+from app.models import SCOPES, ApiKey, new_id, now
 
 PREFIX = "us_"
 TENANT = re.compile(r"[a-z0-9][a-z0-9\-_]{0,62}")
+GRACE_HOURS = 24
+"""How long a rotated key goes on working unless told otherwise."""
+LONGEST_GRACE_HOURS = 24 * 30
+USED_EVERY = timedelta(minutes=1)
+"""`last_used_at` is written no more often than this."""
 
 
 def hash_of(key: str) -> bytes:
@@ -21,16 +29,29 @@ def hash_of(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def create(session: Session, tenant: str, name: str, *, days: int | None = None) -> tuple[ApiKey, str]:
+def includes(scope: str, needed: str) -> bool:
+    """Whether a key of this scope may do what the other one is needed for: admin includes write, and write read."""
+    return SCOPES.index(scope) >= SCOPES.index(needed)
+
+
+def create(
+    session: Session, tenant: str, name: str, *, days: float | None = None, scope: str = "write",
+    limits: dict[str, Any] | None = None,
+) -> tuple[ApiKey, str]:  # fmt: skip
     """A new key for a tenant: its row, and the key itself, which is never to be had again.
 
-    Raises ValueError for a tenant name that is not 1 to 63 lower-case letters, digits, '-' or '_'.
+    Raises ValueError for a tenant name that is not 1 to 63 lower-case letters, digits, '-' or '_', or an unknown scope.
     """
     if not TENANT.fullmatch(tenant):
         raise ValueError(f"tenant {tenant!r}: use 1 to 63 lower-case letters, digits, '-' or '_'")
+    if scope not in SCOPES:
+        raise ValueError(f"scope {scope!r}: use {', '.join(SCOPES)}")
     key = PREFIX + secrets.token_urlsafe(32)
     expires_at = now() + timedelta(days=days) if days else None
-    row = ApiKey(id=new_id("key"), tenant=tenant, name=name, hash=hash_of(key), expires_at=expires_at)
+    row = ApiKey(
+        id=new_id("key"), tenant=tenant, name=name, hash=hash_of(key), scope=scope, limits=limits or {},
+        created_at=now(), expires_at=expires_at,
+    )  # fmt: skip
     session.add(row)
     session.flush()
     return row, key
@@ -39,16 +60,68 @@ def create(session: Session, tenant: str, name: str, *, days: int | None = None)
 def authenticate(session: Session, key: str) -> ApiKey | None:
     """The row of a key that is known, unexpired and not revoked.
 
-    Looking up the hash leaks nothing useful through timing: an attacker cannot choose the hash's prefix.
+    The look-up is by hash, which leaks nothing useful through timing: nobody can choose what a key hashes to. What
+    was found is compared again in constant time.
     """
-    row = session.scalars(select(ApiKey).where(ApiKey.hash == hash_of(key))).one_or_none()
-    if row is None or row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now()):
+    wanted = hash_of(key)
+    row = session.scalars(select(ApiKey).where(ApiKey.hash == wanted)).one_or_none()
+    if row is None or not hmac.compare_digest(row.hash, wanted) or has_ended(row):
         return None
+    if row.last_used_at is None or row.last_used_at < now() - USED_EVERY:
+        _note_use(session, row.id)
     return row
 
 
+def _note_use(session: Session, key_id: str) -> None:
+    # Requests of one key come side by side: one that finds the row locked has nothing to add.
+    free = select(ApiKey.id).where(ApiKey.id == key_id).with_for_update(skip_locked=True)
+    session.execute(
+        update(ApiKey)
+        .where(ApiKey.id.in_(free))
+        .values(last_used_at=func.now())
+        .execution_options(synchronize_session=False)
+    )
+
+
+def has_ended(row: ApiKey) -> bool:
+    """Whether the key was revoked or has expired."""
+    return row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= now())
+
+
+def working(session: Session, tenant: str) -> int:
+    """How many keys of the tenant work."""
+    return (
+        session.scalar(
+            select(func.count()).where(
+                ApiKey.tenant == tenant,
+                ApiKey.revoked_at.is_(None),
+                or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
+            )
+        )
+        or 0
+    )
+
+
+def rotate(session: Session, row: ApiKey, *, grace_hours: float = GRACE_HOURS) -> tuple[ApiKey, str]:
+    """A new key in the place of an old one, which works for `grace_hours` more: same tenant, name, scope and limits.
+
+    Where the old one was to expire, the new one lives as long as the old one was made for. Raises KeyEnded.
+    """
+    session.refresh(row, with_for_update=True)
+    if has_ended(row):
+        raise KeyEnded
+    lifetime = row.expires_at - row.created_at if row.expires_at else None
+    made, key = create(session, row.tenant, row.name, scope=row.scope, limits=row.limits)
+    if lifetime is not None:
+        made.expires_at = now() + lifetime
+    until = now() + timedelta(hours=grace_hours)
+    row.expires_at = until if row.expires_at is None else min(row.expires_at, until)
+    session.flush()
+    return made, key
+
+
 def revoke(session: Session, key_id: str) -> bool:
-    """End a key. False when there is none of that id."""
+    """End a key. False when there is none of that id that could be ended."""
     moved = session.execute(
         update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=now())
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import time
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import Counter, Histogram
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import errors
-from app.api import checkpoints, comparisons, datasets, health, jobs, transfers, webhooks
+from app import audit, errors
+from app.api import checkpoints, comparisons, datasets, health, jobs, keys, transfers, webhooks
+from app.api.deps import problems, scope_needed
 from app.config import settings
 from app.models import new_id
 
@@ -28,6 +33,7 @@ ROUTERS = [
     checkpoints.router,
     comparisons.router,
     webhooks.router,
+    keys.router,
     health.router,
 ]
 WEB = Path(__file__).parent / "web"
@@ -36,6 +42,13 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 UPLOADS = re.compile(r"/datasets|/uploads/[^/]*/parts")
 """Paths whose POST takes a file, or a part of one, and limits it itself."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+
+NOTHING = "default-src 'none'; frame-ancestors 'none'"
+"""What an answer of the API may load or run in a browser."""
+DASHBOARD = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+SWAGGER_FROM = "https://cdn.jsdelivr.net"
+SECURE_SECONDS = 365 * 24 * 3600
+"""How long a browser that came by https is told to come by nothing else."""
 
 REQUESTS = Counter("understudy_http_requests", "Requests answered.", ["method", "route", "status"])
 SECONDS = Histogram("understudy_http_seconds", "Seconds until the answer began.", ["method", "route"])
@@ -68,13 +81,20 @@ class RequestContext:
                 headers.setdefault("x-content-type-options", "nosniff")
                 headers.setdefault("x-frame-options", "DENY")
                 headers.setdefault("referrer-policy", "no-referrer")
+                headers.setdefault("cross-origin-opener-policy", "same-origin")
+                headers.setdefault("content-security-policy", NOTHING)
+                if not scope["path"].startswith("/web/"):
+                    headers.setdefault("cache-control", "no-store")
+                if scope["scheme"] == "https":
+                    headers.setdefault("strict-transport-security", f"max-age={SECURE_SECONDS}")
+                await _note(scope, headers, message["status"])
                 route = getattr(scope.get("route"), "path", "other")
                 elapsed = time.perf_counter() - began
                 REQUESTS.labels(scope["method"], route, message["status"]).inc()
                 SECONDS.labels(scope["method"], route).observe(elapsed)
                 log.info(
                     "request", method=scope["method"], path=scope["path"], status=message["status"],
-                    milliseconds=round(elapsed * 1000, 1),
+                    milliseconds=round(elapsed * 1000, 1), key_id=scope["state"].get("key_id"),
                 )  # fmt: skip
             await send(message)
 
@@ -86,6 +106,21 @@ class RequestContext:
                 if started:
                     raise
                 await errors.unexpected_response(Request(scope))(scope, receive, send_with_headers)
+
+
+async def _note(scope: Scope, headers: MutableHeaders, status: int) -> None:
+    """Write the request into the audit log, where it belongs there."""
+    action, state = getattr(scope.get("route"), "name", None), scope["state"]
+    if state.get("changes_nothing") or not audit.is_recorded(scope["method"], action, status):
+        return
+    made = headers.get("location", "").rpartition("/")[2]
+    ids = list(scope.get("path_params", {}).values())
+    object_id = state.get("object_id") or made or (str(ids[-1]) if ids else None)
+    await run_in_threadpool(
+        audit.record, action=action, outcome=audit.outcome_of(status), status=status, tenant=state.get("tenant"),
+        key_id=state.get("key_id"), request_id=state["request_id"],
+        object_id=object_id and object_id.replace("\x00", "")[:100], address=(scope.get("client") or [None])[0],
+    )  # fmt: skip
 
 
 class BodyLimit:
@@ -126,11 +161,24 @@ def _tell_problems(document: dict[str, Any]) -> None:
     problem = {"$ref": "#/components/schemas/ProblemRead"}
     taken_over = (problem["$ref"], "#/components/schemas/HTTPValidationError")
     for operations in document["paths"].values():
-        for operation in operations.values():
+        for method, operation in operations.items():
+            if "security" in operation:
+                _tell_what_a_key_meets(method, operation)
             for response in operation["responses"].values():
                 schema = response.get("content", {}).get("application/json", {}).get("schema", {})
                 if schema.get("$ref") in taken_over:
                     response["content"] = {"application/problem+json": {"schema": problem}}
+
+
+def _tell_what_a_key_meets(method: str, operation: dict[str, Any]) -> None:
+    """Every route that takes a key may answer 401, 403 and 429, and needs some scope."""
+    operation.setdefault("x-scope", scope_needed(method.upper(), None))
+    schema = {"application/json": {"schema": {"$ref": "#/components/schemas/ProblemRead"}}}
+    for status, told in problems(errors.Unauthorized, errors.Forbidden, errors.TooMany).items():
+        response: dict[str, Any] = {"description": told["description"], "content": schema}
+        if status == errors.TooMany.status:
+            response["headers"] = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+        operation["responses"].setdefault(str(status), response)
 
 
 def create_app() -> FastAPI:
@@ -140,6 +188,8 @@ def create_app() -> FastAPI:
         summary="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
         version="0.1.0",
         redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     for router in ROUTERS:
         app.include_router(router)
@@ -148,9 +198,14 @@ def create_app() -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     def dashboard() -> FileResponse:
-        return FileResponse(
-            WEB / "index.html", headers={"Content-Security-Policy": "default-src 'self'; img-src 'self' data:"}
-        )
+        return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": DASHBOARD})
+
+    page = get_swagger_ui_html(openapi_url="/openapi.json", title="Understudy", swagger_favicon_url="data:,")
+    policy = _policy_of(bytes(page.body).decode())
+
+    @app.get("/docs", include_in_schema=False)
+    def documentation() -> HTMLResponse:
+        return HTMLResponse(page.body, headers={"Content-Security-Policy": policy})
 
     if origins := settings().cors_origins:
         app.add_middleware(
@@ -159,3 +214,16 @@ def create_app() -> FastAPI:
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestContext)
     return app
+
+
+def _policy_of(page: str) -> str:
+    """What Swagger's page may do: load itself from its home, run the one script it holds, and ask this server."""
+    scripts = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    ]
+    allowed = " ".join([SWAGGER_FROM, *(f"'sha256-{script}'" for script in scripts)])
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {SWAGGER_FROM} 'unsafe-inline'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

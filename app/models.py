@@ -33,6 +33,8 @@ JOB_STATUSES = (
 )  # fmt: skip
 PHASES = ("labeling", "training", "evaluating", "packaging")
 SPLITS = ("train", "validation", "test")
+SCOPES = ("read", "write", "admin")
+"""What a key may do, each including the one before it."""
 
 
 def now() -> datetime:
@@ -65,11 +67,15 @@ class ApiKey(Base):
     """A key's hash and what it may do; the key itself is shown once and kept nowhere."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (CheckConstraint(f"scope IN {SCOPES!r}", name="scope"),)
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64), index=True)
     name: Mapped[str] = mapped_column(String(200))
     hash: Mapped[bytes] = mapped_column(LargeBinary, unique=True)
+    scope: Mapped[str] = mapped_column(String(8), default="write")
+    limits: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """What differs from the settings' limits; null means no limit. See app/limits.py."""
     created_at: Mapped[datetime] = mapped_column(default=now)
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
@@ -372,6 +378,9 @@ class WebhookSecret(Base):
 
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
     secret: Mapped[str] = mapped_column(String(100))
+    previous: Mapped[str | None] = mapped_column(String(100))
+    """The secret before this one; signs too until `previous_until`."""
+    previous_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -391,3 +400,32 @@ class IdempotencyKey(Base):
     body: Mapped[dict[str, Any] | None]
     headers: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class TenantTurn(Base):
+    """When a tenant's work of one kind was last taken up; whoever has waited longest is next. See app/lifecycle.py."""
+
+    __tablename__ = "tenant_turns"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    task: Mapped[str] = mapped_column(String(64), primary_key=True)
+    at: Mapped[datetime]
+
+
+class AuditEntry(Base):
+    """Who did, or tried, what. Only ever added to: a trigger of the migration refuses changes."""
+
+    __tablename__ = "audit_log"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    at: Mapped[datetime] = mapped_column(default=now, index=True)
+    tenant: Mapped[str | None] = mapped_column(String(64))
+    key_id: Mapped[str | None] = mapped_column(String(40))
+    """Null where no known key was shown, and for what was done on the command line."""
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    object_id: Mapped[str | None] = mapped_column(String(100))
+    outcome: Mapped[str] = mapped_column(String(8))
+    """`done`, `refused`, `denied` or `failed`; see app/audit.py."""
+    status: Mapped[int | None] = mapped_column(Integer)
+    address: Mapped[str | None] = mapped_column(String(64))

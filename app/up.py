@@ -104,7 +104,7 @@ def _write_first_key(file: Path) -> None:
     with session_scope() as session:
         if file.exists() and keys.authenticate(session, file.read_text().strip()):
             return
-        _, key = keys.create(session, TENANT, "made by understudy up")
+        _, key = keys.create(session, TENANT, "made by understudy up", scope="admin")
     partial = file.with_name("api-key.partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:

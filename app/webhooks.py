@@ -44,6 +44,9 @@ SEND_SECONDS = 10.0
 CLAIM_SECONDS = 60.0
 RESOLVE_SECONDS = 2.0
 """How long POST /jobs waits for a name."""
+GRACE_HOURS = 24
+"""How long a rotated secret goes on signing, beside the new one, unless told otherwise."""
+LONGEST_GRACE_HOURS = 24 * 30
 KEPT_BYTES = 200
 """How much of a refusal's body goes into the log."""
 
@@ -85,10 +88,32 @@ def redeliver(session: Session, delivery: WebhookDelivery) -> None:
 
 def secret_of(session: Session, tenant: str) -> str:
     """The key that signs the tenant's calls, `whsec_…`; made when it is first asked for."""
-    made = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    values = {"tenant": tenant, "secret": made, "created_at": now()}
+    values = {"tenant": tenant, "secret": _new_secret(), "created_at": now()}
     session.execute(insert(WebhookSecret).values(values).on_conflict_do_nothing())
     return session.scalars(select(WebhookSecret.secret).where(WebhookSecret.tenant == tenant)).one()
+
+
+def rotate_secret(session: Session, tenant: str, *, grace_hours: float = GRACE_HOURS) -> WebhookSecret:
+    """A new secret. For `grace_hours` calls carry two signatures, of the new one and of the one before."""
+    secret_of(session, tenant)
+    row = session.get_one(WebhookSecret, tenant, with_for_update=True, populate_existing=True)
+    row.previous, row.previous_until = row.secret, now() + timedelta(hours=grace_hours)
+    row.secret, row.created_at = _new_secret(), now()
+    session.flush()
+    return row
+
+
+def _new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def _signing(session: Session, tenant: str) -> tuple[str, ...]:
+    """The secrets that sign just now, the newest first."""
+    secret_of(session, tenant)
+    row = session.get_one(WebhookSecret, tenant, populate_existing=True)
+    if row.previous is None or row.previous_until is None or row.previous_until <= now():
+        return (row.secret,)
+    return (row.secret, row.previous)
 
 
 # --- the address ----------------------------------------------------------------------------------------------------
@@ -135,7 +160,7 @@ class Call:
     id: str
     url: str
     body: bytes
-    secret: str
+    secrets: tuple[str, ...]
     attempt: int
     claimed_until: datetime
     """Proof of the claim: whoever claims next, or redelivers, changes it."""
@@ -181,7 +206,7 @@ def claim(session: Session) -> list[Call]:
         calls.append(
             Call(
                 id=delivery.id, url=delivery.url, body=orjson.dumps(delivery.payload),
-                secret=secret_of(session, delivery.tenant), attempt=delivery.attempts,
+                secrets=_signing(session, delivery.tenant), attempt=delivery.attempts,
                 claimed_until=delivery.next_attempt_at,
             )
         )  # fmt: skip
@@ -226,7 +251,9 @@ async def _post(client: httpx.AsyncClient, call: Call) -> Outcome:
         "user-agent": "understudy",
         "webhook-id": call.id,
         "webhook-timestamp": str(int(moment.timestamp())),
-        "webhook-signature": Webhook(call.secret).sign(call.id, moment, call.body.decode()),
+        "webhook-signature": " ".join(
+            Webhook(secret).sign(call.id, moment, call.body.decode()) for secret in call.secrets
+        ),
     }
     request = client.build_request(
         "POST", url.copy_with(host=str(address)), headers=headers, content=call.body,

@@ -99,7 +99,7 @@ def reader(database: Engine, tmp_path: Path) -> Iterator[tuple[Path, str]]:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "api-key").write_text(new_key("alice") + "\n")
+    (tmp_path / "data" / "api-key").write_text(new_key("alice", scope="admin") + "\n")
     with serving() as url, working():
         yield tmp_path, url
 

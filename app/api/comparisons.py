@@ -8,9 +8,10 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import comparisons, tables
+from app import comparisons, limits, tables
 from app.api.deps import (
     IdempotencyDep,
+    KeyDep,
     PageDep,
     SessionDep,
     SettingsDep,
@@ -58,19 +59,22 @@ def create_comparison(
     session: SessionDep,
     storage: StorageDep,
     settings: SettingsDep,
-    tenant: TenantDep,
+    key: KeyDep,
     idempotency_key: IdempotencyDep = None,
     dry_run: Annotated[bool, Query(description="Only tell what the runs would need.")] = False,
 ) -> Response:
     """Start one job for each arm and seed, once every one of them has been checked."""
+    tenant = key.tenant
     comparisons.job_specs(spec)  # before anything is made of the parts that are free in form
     if dry_run:
+        request.state.changes_nothing = True
         plans = comparisons.check(session, tenant, spec, settings)
         told = DryRunRead.model_validate(comparisons.dry_run(session, storage, tenant, plans))
         return Response(told.model_dump_json(), media_type="application/json")
 
     def start() -> ComparisonRead:
         plans = comparisons.check(session, tenant, spec, settings)
+        limits.check_jobs(session, key, len(plans.plans) * len(spec.seeds))
         return ComparisonRead.of(session, storage, comparisons.submit(session, tenant, plans))
 
     return idempotent(

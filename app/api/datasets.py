@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import records, retention
+from app import limits, records, retention
 from app.api.deps import (
     IdempotencyDep,
     PageDep,
@@ -25,9 +25,10 @@ from app.api.deps import (
     SettingsDep,
     StorageDep,
     TenantDep,
+    authenticate,
     bearer,
-    current_tenant,
     idempotent,
+    is_replay,
     newest_first,
     owned,
     problems,
@@ -49,7 +50,7 @@ from app.errors import (
     Unprocessable,
     UnsupportedMedia,
 )
-from app.models import Dataset, new_id, now
+from app.models import ApiKey, Dataset, new_id, now
 from app.options import Text
 from app.storage import Storage
 
@@ -103,10 +104,27 @@ class RowsPage(Read):
     """Send it as `after` for the next page."""
 
 
-def uploading_tenant(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
-    """The tenant, looked up in a transaction of its own: none may stay open while a file streams in."""
+def uploading_key(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> ApiKey:
+    """The caller's key, looked up in a transaction of its own: none may stay open while a file streams in."""
     with session_scope() as session:
-        return current_tenant(session, credentials)
+        key = authenticate(request, session, credentials)
+        session.expunge(key)
+        return key
+
+
+UploadingKeyDep = Annotated[ApiKey, Depends(uploading_key)]
+
+
+def key_with_room(request: Request, key: UploadingKeyDep) -> ApiKey:
+    """The caller's key. Raises StorageFull at once where the file is told to be larger than the room that is left."""
+    length = request.headers.get("content-length", "")
+    told = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else 0
+    with session_scope() as session:
+        if not is_replay(session, request, key.tenant):
+            limits.check_room(session, key, told)
+    return key
 
 
 ColumnName = Annotated[Text | None, Query(max_length=records.MAX_COLUMN_NAME_CHARACTERS)]
@@ -160,28 +178,36 @@ UPLOAD_BODY = {
 )
 async def create_dataset(
     request: Request,
-    tenant: Annotated[str, Depends(uploading_tenant)],
+    key: Annotated[ApiKey, Depends(key_with_room)],
     storage: StorageDep,
     settings: SettingsDep,
     options: Annotated[UploadOptions, Depends()],
     idempotency_key: IdempotencyDep = None,
 ) -> Response:
     """Upload a dataset. Every row is checked; one answer names all that is wrong, line by line."""
-    with telling_of_a_full_disk(), TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
+    with (
+        limits.uploading(key),
+        telling_of_a_full_disk(),
+        TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory,
+    ):
         path = Path(directory) / "upload"
         file = await receive(request, path, name=options.name, most_bytes=settings.max_upload_bytes)
-        return await run_in_threadpool(_store, request, tenant, storage, settings, options, file, idempotency_key)
+        return await run_in_threadpool(_store, request, key, storage, settings, options, file, idempotency_key)
 
 
 def _store(
-    request: Request, tenant: str, storage: Storage, settings: Settings, options: UploadOptions, file: ReceivedFile,
+    request: Request, key: ApiKey, storage: Storage, settings: Settings, options: UploadOptions, file: ReceivedFile,
     idempotency_key: str | None,
 ) -> Response:  # fmt: skip
-    with stored_rows(tenant, storage, settings, options, file) as keep, session_scope() as session:
+    with stored_rows(key.tenant, storage, settings, options, file) as keep, session_scope() as session:
+
+        def add() -> DatasetRead:
+            limits.check_room(session, key, file.bytes)
+            return DatasetRead.model_validate(keep(session))
+
         return idempotent(
-            session, request, tenant, idempotency_key, request_hash(file.sha256, file.format, vars(options)),
-            lambda: DatasetRead.model_validate(keep(session)), status=201,
-            headers=lambda body: {"Location": f"/datasets/{body['id']}"},
+            session, request, key.tenant, idempotency_key, request_hash(file.sha256, file.format, vars(options)), add,
+            status=201, headers=lambda body: {"Location": f"/datasets/{body['id']}"},
         )  # fmt: skip
 
 
@@ -194,11 +220,11 @@ def stored_rows(
     File first, row second: a file without a row is harmless, a row without its file is not. Rows that no dataset was
     added for are removed again. Raises InvalidRows and its kin.
     """
-    limits = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
+    sizes = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
     rows = file.path.with_name("rows.parquet")
     columns, on_error = options.columns(), options.on_error
     ingest = records.ingest_apart if file.format == "parquet" else records.ingest
-    found = ingest(file.path, rows, format=file.format, columns=columns, on_error=on_error, limits=limits)
+    found = ingest(file.path, rows, format=file.format, columns=columns, on_error=on_error, limits=sizes)
 
     dataset = Dataset(
         id=new_id("ds"), tenant=tenant, name=options.name or _name_of(file), rows=found.rows, bytes=file.bytes,

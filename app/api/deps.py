@@ -15,12 +15,12 @@ from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import keys
+from app import keys, limits
 from app.api.schemas import ProblemRead
 from app.config import Settings, settings
 from app.db import get_session
-from app.errors import KeyReused, NotFound, Problem, RequestInFlight, Unauthorized
-from app.models import Base, IdempotencyKey, now
+from app.errors import Forbidden, KeyReused, NotFound, Problem, RequestInFlight, Unauthorized
+from app.models import ApiKey, Base, IdempotencyKey, now
 from app.storage import Storage, storage
 
 Row = TypeVar("Row", bound=Base)
@@ -32,15 +32,47 @@ SettingsDep = Annotated[Settings, Depends(settings)]
 bearer = HTTPBearer(auto_error=False, description="An API key, made by `understudy keys create`.")
 
 
-def current_tenant(
-    session: SessionDep, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> str:
-    """The tenant whose key this is. Raises Unauthorized."""
+def needs(scope: str) -> dict[str, Any]:
+    """The `openapi_extra=` of a route whose scope is not the one that its method tells."""
+    return {"x-scope": scope}
+
+
+def scope_needed(method: str, route: Any) -> str:
+    """What a key must be allowed for a route: to read or, where the method may change something, to write."""
+    extra: dict[str, Any] = getattr(route, "openapi_extra", None) or {}
+    usual = "read" if method in ("GET", "HEAD") else "write"
+    return str(extra.get("x-scope", usual))
+
+
+def authenticate(request: Request, session: Session, credentials: HTTPAuthorizationCredentials | None) -> ApiKey:
+    """The caller's key, counted and found wide enough. Raises Unauthorized, RateLimited and Forbidden."""
     if credentials is None:
         raise Unauthorized
     key = keys.authenticate(session, credentials.credentials)
     if key is None:
         raise Unauthorized("This API key is not known, or has expired or been revoked.")
+    request.state.key_id, request.state.tenant = key.id, key.tenant
+    limits.count_request(key)
+    needed = scope_needed(request.method, request.scope.get("route"))
+    if not keys.includes(key.scope, needed):
+        raise Forbidden(f"This needs a key of scope {needed}; this one's is {key.scope}.", needed_scope=needed)
+    return key
+
+
+def current_key(
+    request: Request,
+    session: SessionDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+) -> ApiKey:
+    """The caller's key. Raises Unauthorized, RateLimited and Forbidden."""
+    return authenticate(request, session, credentials)
+
+
+KeyDep = Annotated[ApiKey, Depends(current_key)]
+
+
+def current_tenant(key: KeyDep) -> str:
+    """The tenant whose key this is."""
     return key.tenant
 
 
@@ -97,6 +129,20 @@ IdempotencyDep = Annotated[
 def request_hash(*parts: Any) -> str:
     """A hash of everything that makes two requests the same request."""
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def is_replay(session: Session, request: Request, tenant: str) -> bool:
+    """Whether the request carries an Idempotency-Key that was used on this path before."""
+    key = request.headers.get("idempotency-key")
+    return key is not None and bool(
+        session.scalar(
+            select(IdempotencyKey.id).where(
+                IdempotencyKey.tenant == tenant,
+                IdempotencyKey.path == request.url.path,
+                IdempotencyKey.key == key.replace("\x00", ""),
+            )
+        )
+    )
 
 
 def idempotent(

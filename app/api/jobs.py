@@ -14,9 +14,10 @@ from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from app import estimates, ledger, lifecycle, preflight, retention
+from app import estimates, ledger, lifecycle, limits, preflight, retention
 from app.api.deps import (
     IdempotencyDep,
+    KeyDep,
     PageDep,
     SessionDep,
     SettingsDep,
@@ -80,12 +81,14 @@ def create_job(
     session: SessionDep,
     storage: StorageDep,
     settings: SettingsDep,
-    tenant: TenantDep,
+    key: KeyDep,
     idempotency_key: IdempotencyDep = None,
     dry_run: Annotated[bool, Query(description="Only tell what the job would need.")] = False,
 ) -> Response:
     """Start a distillation job, once everything that can be checked beforehand has been."""
+    tenant = key.tenant
     if dry_run:
+        request.state.changes_nothing = True
         plan = preflight.check(session, tenant, spec, settings)
         return Response(
             DryRunRead.model_validate(estimates.dry_run(session, storage, tenant, plan)).model_dump_json(),
@@ -94,6 +97,7 @@ def create_job(
 
     def start() -> JobRead:
         plan = preflight.check(session, tenant, spec, settings)
+        limits.check_jobs(session, key)
         return JobRead.of(session, lifecycle.submit(session, tenant, plan))
 
     return idempotent(
@@ -169,9 +173,11 @@ def resume_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
 
 
 @router.post("/{job_id}/retry", **MOVE)
-def retry_job(job_id: str, session: SessionDep, tenant: TenantDep) -> JobRead:
+def retry_job(job_id: str, session: SessionDep, key: KeyDep) -> JobRead:
     """Try a failed or cancelled job again, from its last saved state."""
-    return _move(lifecycle.retry, job_id, session, tenant)
+    owned(session, Job, job_id, key.tenant)
+    limits.check_jobs(session, key)
+    return _move(lifecycle.retry, job_id, session, key.tenant)
 
 
 @router.delete("/{job_id}", status_code=204, responses=problems(Unauthorized, NotFound, IllegalMove))

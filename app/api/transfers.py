@@ -19,16 +19,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, cast
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import Field
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import records
-from app.api.datasets import DatasetRead, UploadOptions, stored_rows, telling_of_a_full_disk, uploading_tenant
+from app import limits, records
+from app.api.datasets import DatasetRead, UploadingKeyDep, UploadOptions, stored_rows, telling_of_a_full_disk
 from app.api.deps import (
     IdempotencyDep,
+    KeyDep,
     SessionDep,
     SettingsDep,
     StorageDep,
@@ -140,7 +141,7 @@ class UploadRead(Read):
     responses=problems(BadRequest, Unauthorized, Conflict, TooLarge, UnsupportedMedia, Unprocessable),
 )
 def create_upload(
-    body: UploadCreate, request: Request, session: SessionDep, settings: SettingsDep, tenant: TenantDep,
+    body: UploadCreate, request: Request, session: SessionDep, settings: SettingsDep, key: KeyDep,
     idempotency_key: IdempotencyDep = None,
 ) -> Response:  # fmt: skip
     """Begin an upload in parts."""
@@ -152,8 +153,9 @@ def create_upload(
     format = format_of(body.mime_type or "", body.name)
 
     def begin() -> UploadRead:
+        limits.check_room(session, key, body.bytes)
         upload = Upload(
-            id=new_id("up"), tenant=tenant, name=body.name, bytes=body.bytes, format=format, sha256=body.sha256,
+            id=new_id("up"), tenant=key.tenant, name=body.name, bytes=body.bytes, format=format, sha256=body.sha256,
             options=body.model_dump(exclude={"name", "bytes", "mime_type", "sha256"}), status="pending",
             expires_at=_expiry(settings),
         )  # fmt: skip
@@ -163,7 +165,7 @@ def create_upload(
         return UploadRead.of(upload, settings)
 
     return idempotent(
-        session, request, tenant, idempotency_key, request_hash(body.model_dump(mode="json")), begin, status=201,
+        session, request, key.tenant, idempotency_key, request_hash(body.model_dump(mode="json")), begin, status=201,
         headers=lambda upload: {"Location": f"/uploads/{upload['id']}"},
     )  # fmt: skip
 
@@ -193,7 +195,7 @@ PART_BODY = {
 async def add_part(
     upload_id: str,
     request: Request,
-    tenant: Annotated[str, Depends(uploading_tenant)],
+    key: UploadingKeyDep,
     storage: StorageDep,
     settings: SettingsDep,
     number: Annotated[int, Query(ge=1, le=MAX_PARTS, description="Where the part stands in the file, from 1.")],
@@ -203,8 +205,12 @@ async def add_part(
 ) -> PartRead:
     """Send a part. Sent again it does no harm; sent again with other bytes, it replaces the first."""
     expected = _sha256_of(content_digest)
-    await run_in_threadpool(_refuse_unless_pending, upload_id, tenant)
-    with telling_of_a_full_disk(), TemporaryDirectory(prefix="part-", dir=settings.spool_dir) as directory:
+    await run_in_threadpool(_refuse_unless_pending, upload_id, key.tenant)
+    with (
+        limits.uploading(key),
+        telling_of_a_full_disk(),
+        TemporaryDirectory(prefix="part-", dir=settings.spool_dir) as directory,
+    ):
         path = Path(directory) / "part"
         size, sha256 = await receive_part(request, path, most_bytes=settings.max_part_bytes)
         if size == 0:
@@ -257,7 +263,7 @@ def _keep_part(storage: Storage, settings: Settings, part: UploadPart, path: Pat
 )
 def complete_upload(
     upload_id: str,
-    tenant: Annotated[str, Depends(uploading_tenant)],
+    key: UploadingKeyDep,
     storage: StorageDep,
     settings: SettingsDep,
     response: Response,
@@ -267,10 +273,10 @@ def complete_upload(
 
     Completing it again answers with the same dataset.
     """
-    with try_lock(f"upload {upload_id}") as is_alone:
+    with try_lock(f"upload {upload_id}") as is_alone, limits.uploading(key):
         if not is_alone:
             raise RequestInFlight("This upload is being completed; ask again shortly.")
-        dataset = _complete(upload_id, tenant, storage, settings, body or UploadComplete())
+        dataset = _complete(upload_id, key.tenant, storage, settings, body or UploadComplete())
     response.headers["Location"] = f"/datasets/{dataset.id}"
     return dataset
 

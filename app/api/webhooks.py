@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
+from pydantic import Field
 from sqlalchemy import select
 
 from app import webhooks
-from app.api.deps import PageDep, SessionDep, TenantDep, newest_first, owned, problems
+from app.api.deps import PageDep, SessionDep, TenantDep, needs, newest_first, owned, problems
 from app.api.schemas import PageRead, Read
-from app.errors import NotFound, Unauthorized
+from app.errors import BadRequest, NotFound, TooLarge, Unauthorized, Unprocessable, UnsupportedMedia
 from app.models import Job, WebhookDelivery
+from app.options import Options
 
 router = APIRouter(tags=["webhooks"])
 
@@ -20,6 +22,17 @@ router = APIRouter(tags=["webhooks"])
 class SecretRead(Read):
     secret: str
     """`whsec_…`: give it to your receiver's Standard Webhooks library."""
+
+
+class SecretRotate(Options):
+    """How long the old secret goes on signing."""
+
+    grace_hours: Annotated[float, Field(ge=0, le=webhooks.LONGEST_GRACE_HOURS)] = webhooks.GRACE_HOURS
+
+
+class SecretRotated(SecretRead):
+    previous_until: datetime
+    """Until then calls carry a second signature, of the secret before."""
 
 
 class DeliveryRead(Read):
@@ -48,10 +61,26 @@ class DeliveryRead(Read):
         return read if read.status == "pending" else read.model_copy(update={"next_attempt_at": None})
 
 
-@router.get("/webhooks/secret", response_model=SecretRead, responses=problems(Unauthorized))
+# Who has the secret can sign, so a key that may only read does not get it.
+@router.get(
+    "/webhooks/secret", response_model=SecretRead, openapi_extra=needs("write"), responses=problems(Unauthorized)
+)
 def read_secret(session: SessionDep, tenant: TenantDep) -> SecretRead:
     """The secret that signs your webhooks; made at the first call."""
     return SecretRead(secret=webhooks.secret_of(session, tenant))
+
+
+@router.post(
+    "/webhooks/secret/rotate",
+    status_code=201,
+    response_model=SecretRotated,
+    responses=problems(BadRequest, Unauthorized, TooLarge, UnsupportedMedia, Unprocessable),
+)
+def rotate_secret(body: SecretRotate, session: SessionDep, tenant: TenantDep) -> SecretRotated:
+    """Make a new secret. Until the grace period is over calls are signed with the old one too."""
+    row = webhooks.rotate_secret(session, tenant, grace_hours=body.grace_hours)
+    assert row.previous_until is not None
+    return SecretRotated(secret=row.secret, previous_until=row.previous_until)
 
 
 @router.get(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
@@ -13,7 +14,7 @@ from sqlalchemy import Engine, text
 from app import keys
 from app.db import session_scope
 from app.main import ROUTERS
-from app.models import ApiKey, Checkpoint, Job, WebhookDelivery, new_id, now
+from app.models import ApiKey, Checkpoint, Comparison, Job, WebhookDelivery, new_id, now
 from tests.support import add_dataset, new_key, sentences, submit, tiny_spec
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
@@ -114,12 +115,21 @@ def test_everything_of_another_tenant_looks_as_if_it_did_not_exist(
         )  # fmt: skip
         session.flush()
         session.get_one(Job, job_id).best_checkpoint_id = checkpoint_id
-    ids = {"job_id": job_id, "dataset_id": dataset_id, "checkpoint_id": checkpoint_id, "delivery_id": delivery_id}
+        comparison_id = new_id("cmp")
+        session.add(Comparison(id=comparison_id, tenant="alice", spec={}))
+        key_id = keys.create(session, "alice", "hers")[0].id
+    ids = {
+        "job_id": job_id, "dataset_id": dataset_id, "checkpoint_id": checkpoint_id, "delivery_id": delivery_id,
+        "key_id": key_id, "comparison_id": comparison_id,
+        "upload_id": client.post("/uploads", json={"name": "rows.jsonl", "bytes": 5}).json()["id"],
+    }  # fmt: skip
+    other_client.headers["Authorization"] = f"Bearer {new_key('bob', scope='admin')}"
     with_ids = [(method, path) for method, path in routes() if "{" in path]
     assert len(with_ids) > 12
     for method, path in with_ids:
-        there = other_client.request(method, path.format(**ids), json={})
-        nowhere = other_client.request(method, path.format(**dict.fromkeys(ids, "job_0123")), json={})
+        sent: dict[str, Any] = {"json": {}, "params": {"number": 1}}  # a part of an upload has a number
+        there = other_client.request(method, path.format(**ids), **sent)
+        nowhere = other_client.request(method, path.format(**dict.fromkeys(ids, "job_0123")), **sent)
         assert (there.status_code, nowhere.status_code) == (404, 404), (method, path)
         if method != "HEAD":
             bodies = [{**answer.json(), "request_id": None} for answer in (there, nowhere)]
@@ -128,6 +138,8 @@ def test_everything_of_another_tenant_looks_as_if_it_did_not_exist(
         assert other_client.get(path).json()["data"] == []
         assert len(client.get(path).json()["data"]) == 1
     assert client.get(f"/jobs/{job_id}").json()["status"] == "queued", "nothing was cancelled from outside"
+    with session_scope() as session:
+        assert session.get_one(ApiKey, key_id).revoked_at is None, "no key was revoked from outside"
 
 
 @pytest.mark.parametrize("job_id", ["%00", "..%2f..%2fetc", "job_%F0%9F%98%80", "%C3%28", "x" * 5000])

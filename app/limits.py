@@ -1,0 +1,166 @@
+"""How much one key, or its tenant, may ask: requests a minute, uploads at once, stored bytes, unfinished jobs.
+
+The settings say what is usual, a key's row what differs. Requests are counted per key, in Redis where that is the
+broker; a Redis that is away lets them through. Everything else is counted per tenant, so that more keys give no more
+room: uploads in this process, bytes and jobs in the database under a lock of the tenant, so that nobody slips past.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from math import ceil
+
+import structlog
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage, RedisStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from redis import ConnectionPool
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from app.config import settings
+from app.errors import RateLimited, StorageFull, TooManyJobs, TooManyUploads
+from app.models import ApiKey, Checkpoint, Dataset, Job, Upload
+
+NAMES = ("max_requests_per_minute", "max_uploads_at_once", "max_stored_bytes", "max_unfinished_jobs")
+"""Fields of Settings, and keys of a key's `limits`."""
+ENDED = ("succeeded", "failed", "cancelled")
+TENANT_LOCK = 0x6C696D69
+"""Of PostgreSQL's advisory locks; the second half of the number is the tenant's hash."""
+COUNTER_SECONDS = 0.25
+"""How long a request waits for Redis to count it."""
+AWAY_SECONDS = 5.0
+"""How long a Redis that did not answer is left alone."""
+
+log = structlog.get_logger()
+
+
+def limit_of(key: ApiKey, name: str) -> int | None:
+    """A limit as it holds for a key: its own, or else the settings'. None: there is none."""
+    limit: int | None = key.limits[name] if name in key.limits else getattr(settings(), name)
+    return limit
+
+
+def checked(limits: dict[str, int | None]) -> dict[str, int | None]:
+    """Limits fit to be a key's own. Raises ValueError."""
+    for name, value in limits.items():
+        if name not in NAMES:
+            raise ValueError(f"there is no limit {name!r}; there are {', '.join(NAMES)}")
+        if value is not None and not 1 <= value < 2**62:
+            raise ValueError(f"{name} is {value}; use a positive number, or none for no limit")
+    return limits
+
+
+# --- requests a minute ----------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def _counter(url: str) -> SlidingWindowCounterRateLimiter:
+    if not url.startswith(("redis://", "rediss://", "unix://")):  # another broker: each API process counts for itself
+        return SlidingWindowCounterRateLimiter(MemoryStorage())
+    pool = ConnectionPool.from_url(
+        url, socket_timeout=COUNTER_SECONDS, socket_connect_timeout=COUNTER_SECONDS, retry=Retry(NoBackoff(), 0)
+    )
+    return SlidingWindowCounterRateLimiter(RedisStorage(url, connection_pool=pool))
+
+
+_away_until = 0.0
+
+
+def count_request(key: ApiKey) -> None:
+    """Count a request of the key. Raises RateLimited. Where the counter is away, the request is let through."""
+    global _away_until
+    most = limit_of(key, "max_requests_per_minute")
+    if most is None or time.monotonic() < _away_until:
+        return
+    item = RateLimitItemPerMinute(most)
+    try:
+        counter = _counter(settings().redis_url)
+        if counter.hit(item, key.id):
+            return
+        wait = counter.get_window_stats(item, key.id).reset_time - time.time()
+    except (RedisError, OSError) as error:
+        _away_until = time.monotonic() + AWAY_SECONDS
+        log.warning("requests_not_counted", error=type(error).__name__, seconds=AWAY_SECONDS)
+        return
+    wait_seconds = min(60, max(1, ceil(wait)))
+    raise RateLimited(
+        f"This key has made {most:,} requests within a minute, the most it may; try again in {wait_seconds} s.",
+        retry_after=wait_seconds,
+    )
+
+
+# --- uploads at once ------------------------------------------------------------------------------------------------
+
+_uploading: Counter[str] = Counter()
+_uploading_lock = threading.Lock()
+
+
+@contextmanager
+def uploading(key: ApiKey) -> Iterator[None]:
+    """One upload of the key's tenant, while the block runs. Raises TooManyUploads."""
+    most = limit_of(key, "max_uploads_at_once")
+    with _uploading_lock:
+        if most is not None and _uploading[key.tenant] >= most:
+            raise TooManyUploads(f"{most} uploads are on their way, the most at once; send this file when one is done.")
+        _uploading[key.tenant] += 1
+    try:
+        yield
+    finally:
+        with _uploading_lock:
+            _uploading[key.tenant] -= 1
+            if not _uploading[key.tenant]:
+                del _uploading[key.tenant]
+
+
+# --- stored bytes and unfinished jobs -------------------------------------------------------------------------------
+
+
+def check_room(session: Session, key: ApiKey, more_bytes: int) -> None:
+    """Whether `more_bytes` may be added to what the tenant stores; until the commit nobody else adds. Raises StorageFull."""
+    most = limit_of(key, "max_stored_bytes")
+    if most is None:
+        return
+    _lock(session, key.tenant)
+    stored = stored_bytes(session, key.tenant)
+    if stored + more_bytes > most:
+        raise StorageFull(
+            f"{stored:,} bytes are stored and {more_bytes:,} more would be over the limit of {most:,}; "
+            "delete datasets or checkpoints that are no longer needed."
+        )
+
+
+def stored_bytes(session: Session, tenant: str) -> int:
+    """Bytes of the tenant's datasets, as they were received, checkpoints, and uploads in parts, as they were announced."""
+    sums = [
+        session.scalar(select(func.sum(table.bytes)).where(table.tenant == tenant)) for table in (Dataset, Checkpoint)
+    ]
+    sums.append(
+        session.scalar(select(func.sum(Upload.bytes)).where(Upload.tenant == tenant, Upload.status == "pending"))
+    )
+    return sum(int(part or 0) for part in sums)
+
+
+def check_jobs(session: Session, key: ApiKey, more: int = 1) -> None:
+    """Whether `more` jobs may be added to the tenant's; until the commit nobody else adds. Raises TooManyJobs."""
+    most = limit_of(key, "max_unfinished_jobs")
+    if most is None:
+        return
+    _lock(session, key.tenant)
+    unfinished = session.scalar(select(func.count()).where(Job.tenant == key.tenant, Job.status.not_in(ENDED))) or 0
+    if unfinished + more > most:
+        raise TooManyJobs(
+            f"{unfinished:,} jobs have not ended, and at most {most:,} may be on their way; wait for one or cancel one."
+        )
+
+
+def _lock(session: Session, tenant: str) -> None:
+    session.execute(select(func.pg_advisory_xact_lock(TENANT_LOCK, func.hashtext(tenant))))
