@@ -77,6 +77,8 @@ class Settings(BaseSettings):
     uses, are deleted; null keeps them."""
     orphan_grace_seconds: float = Field(24 * 3600.0, gt=0)
     """Files that no row names are removed when they are older."""
+    turn_seconds: float = Field(30.0, gt=0)
+    """How long a worker labels for one tenant before it looks whether another one's turn has come."""
     threads: int | None = None
     """CPU threads of a worker's models; null leaves the choice to torch."""
 

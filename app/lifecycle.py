@@ -20,14 +20,26 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, Subquery, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app import webhooks
 from app.config import settings
 from app.errors import IllegalMove, NotFound
-from app.models import PHASES, Dataset, Job, JobEvent, JobMetric, JobPhase, LabelSet, LabelShard, new_id, now
+from app.models import (
+    PHASES,
+    Dataset,
+    Job,
+    JobEvent,
+    JobMetric,
+    JobPhase,
+    LabelSet,
+    LabelShard,
+    TenantTurn,
+    new_id,
+    now,
+)
 from app.preflight import Plan
 from app.queue import LABEL, TRAIN, enqueue_on_commit
 
@@ -39,6 +51,8 @@ LABELED = ("queued", "running", "paused")
 PHASE_WEIGHTS = {"labeling": 0.25, "training": 0.6, "evaluating": 0.1, "packaging": 0.05}
 LABEL_MESSAGES = 16
 """At most this many workers are called to a labeling at once; more join through the sweep."""
+LONGEST_LINE = 50
+"""How many jobs a worker tries before it gives a message up."""
 
 
 class LeaseLost(Exception):
@@ -317,6 +331,71 @@ def _end(session: Session, job: Job, status: str) -> None:
     session.flush()
 
 
+# --- whose turn it is -----------------------------------------------------------------------------------------------
+
+
+def in_turn(session: Session, task: str, named: str | None = None) -> list[str]:
+    """The jobs that wait for a worker, in the order in which one should try to claim them.
+
+    A message says that there is work, not which is next: with the first come first served, one tenant's hundred jobs
+    would starve another's one. So each tenant is in line with one job, then each with its second, and so on; the tenant
+    with the least work of this kind in workers' hands comes first, and of equals the one whose last turn is longest ago.
+    A tenant's own jobs stand in line by age, but for the one that the message has `named`.
+    """
+    work = _labeling_now() if task == LABEL else _training_now()
+    waits = _waits_for_labelers() if task == LABEL else _waits_for_a_trainer()
+    place = func.row_number().over(partition_by=Job.tenant, order_by=(Job.id != (named or ""), Job.id))
+    line = select(Job.id, Job.tenant, place.label("place")).where(*waits).subquery()
+    query = (
+        select(line.c.id)
+        .outerjoin(work, work.c.tenant == line.c.tenant)
+        .outerjoin(TenantTurn, (TenantTurn.tenant == line.c.tenant) & (TenantTurn.task == task))
+        .order_by(line.c.place, func.coalesce(work.c.count, 0), TenantTurn.at.nulls_first(), line.c.id)
+        .limit(LONGEST_LINE)
+    )
+    return list(session.scalars(query))
+
+
+def _labeling_now() -> Subquery:
+    live = (LabelShard.status == "claimed") & (LabelShard.lease_expires_at >= func.now())
+    joined = select(LabelSet.tenant, func.count().label("count")).join(LabelSet.shards)
+    return joined.where(live).group_by(LabelSet.tenant).subquery()
+
+
+def _training_now() -> Subquery:
+    live = Job.status.in_(HELD) & (Job.lease_expires_at >= func.now())
+    return select(Job.tenant, func.count().label("count")).where(live).group_by(Job.tenant).subquery()
+
+
+def _waits_for_labelers() -> tuple[ColumnElement[bool], ...]:
+    shards = select(LabelShard.index).where(LabelShard.label_set_id == Job.label_set_id)
+    claimed = shards.where(LabelShard.status == "claimed")
+    # Where none is open, the job waits for somebody to find that out and send it on to training.
+    return (
+        Job.status.in_(("queued", "running")),
+        or_(Job.phase.is_(None), Job.phase == "labeling"),
+        or_(
+            shards.where(LabelShard.status == "pending").exists(),
+            claimed.where(LabelShard.lease_expires_at < func.now()).exists(),
+            ~claimed.exists(),
+        ),
+    )
+
+
+def _waits_for_a_trainer() -> tuple[ColumnElement[bool], ...]:
+    return (
+        Job.status.in_(("queued", "running")),
+        Job.phase.in_(PHASES[1:]),
+        or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
+    )
+
+
+def _take_turn(session: Session, tenant: str, task: str) -> None:
+    moment = func.clock_timestamp()
+    statement = insert(TenantTurn).values(tenant=tenant, task=task, at=moment)
+    session.execute(statement.on_conflict_do_update(index_elements=["tenant", "task"], set_={"at": moment}))
+
+
 # --- labeling: many workers, one shard each -------------------------------------------------------------------------
 
 
@@ -370,6 +449,7 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
     shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
     shard.lease_expires_at = _lease()
     session.flush()
+    _take_turn(session, job.tenant, LABEL)
     return shard
 
 
@@ -523,12 +603,7 @@ def claim(session: Session, job_id: str, worker: str) -> Job | None:
     """The job, now this worker's to train; None when it is not waiting for one. A second message is thus harmless."""
     job = session.scalars(
         select(Job)
-        .where(
-            Job.id == job_id,
-            Job.status.in_(("queued", "running")),
-            Job.phase.in_(PHASES[1:]),
-            or_(Job.lease_expires_at.is_(None), Job.lease_expires_at < func.now()),
-        )
+        .where(Job.id == job_id, *_waits_for_a_trainer())
         # Waits for whoever writes the row just now: to skip it would waste the message, and the sweep sends the next
         # one only after a while.
         .with_for_update()
@@ -541,6 +616,7 @@ def claim(session: Session, job_id: str, worker: str) -> Job | None:
     job.lease_expires_at = _lease()
     job.started_at = job.started_at or now()
     emit(session, job.id, "job.claimed", f"Attempt {job.attempt} began.", attempt=job.attempt, worker=worker)
+    _take_turn(session, job.tenant, TRAIN)
     session.flush()
     session.refresh(job)
     return job

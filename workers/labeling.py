@@ -6,6 +6,7 @@ file is written before its row says so.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import threading
 import time
@@ -47,13 +48,16 @@ SCHEMA = pa.schema(
 )
 
 
-def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
-    """Claim and label shards of the job until there is none left for this worker."""
-    while not stopping.is_set():
+def label_job(job_id: str, worker: str, stopping: threading.Event, *, seconds: float = math.inf) -> int:
+    """Claim and label shards of the job until there is none left for this worker, or the time is up. How many."""
+    shards = 0
+    began = time.monotonic()
+    while not stopping.is_set() and (shards == 0 or time.monotonic() < began + seconds):
         with session_scope() as session:
             shard = lifecycle.claim_shard(session, job_id, worker)
             if shard is None:
-                return
+                return shards
+            shards += 1
             job = session.get_one(Job, job_id)
             label_set = session.get_one(LabelSet, shard.label_set_id)
             dataset = session.get_one(Dataset, shard.dataset_id)
@@ -61,20 +65,21 @@ def label_job(job_id: str, worker: str, stopping: threading.Event) -> None:
             label_shard(job, label_set, dataset, shard, stopping)
         except LeaseLost:
             log.info("shard_lost", job_id=job_id, shard=shard.index)
-            return
+            return shards
         except WorkFailed as failure:
             with session_scope() as session:
                 lifecycle.fail_shard(session, shard, failure.code, failure.message)
-            return
+            return shards
         except Problem as problem:  # a model that this worker lacks
             with session_scope() as session:
                 lifecycle.fail_shard(session, shard, problem.code, problem.detail)
-            return
+            return shards
         except Exception as error:
             log.exception("labeling_failed", job_id=job_id, shard=shard.index)
             with session_scope() as session:
                 lifecycle.fail_shard(session, shard, "labeling_failed", f"{type(error).__name__}: {error}")
-            return
+            return shards
+    return shards
 
 
 def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelShard, stopping: threading.Event) -> None:

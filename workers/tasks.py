@@ -1,7 +1,8 @@
-"""The two tasks: claim, call, record. A message carries a job's id and nothing else; sent twice it does no harm."""
+"""The two tasks: claim, call, record. A message means that there is work; sent twice it does no harm."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,23 +30,36 @@ def limit_threads() -> None:
 
 @celery.task(name=queue.LABEL)
 def label(job_id: str) -> None:
-    """Label shards of the job until none is left."""
+    """One turn of labeling, for the job whose turn it is; where that leaves rows, another message comes after it."""
     from workers.labeling import label_job
 
     limit_threads()
-    with structlog.contextvars.bound_contextvars(job_id=job_id, task="label"):
-        label_job(job_id, worker_name(), stopping)
+    for next_id in _in_turn(queue.LABEL):
+        with structlog.contextvars.bound_contextvars(job_id=next_id, task="label"):
+            began = time.monotonic()
+            if label_job(next_id, worker_name(), stopping, seconds=settings().turn_seconds):
+                if time.monotonic() >= began + settings().turn_seconds:
+                    queue.send(queue.LABEL, next_id)
+                return
 
 
 @celery.task(name=queue.TRAIN)
 def train(job_id: str) -> None:
-    """Train the job's student, unless another worker does."""
-    with structlog.contextvars.bound_contextvars(job_id=job_id, task="train"), claimed(job_id) as held:
-        if held is not None:
-            from workers.pipeline import run_job
+    """Train the student of the job whose turn it is, if there is one that no other worker trains."""
+    for next_id in _in_turn(queue.TRAIN, job_id):
+        with structlog.contextvars.bound_contextvars(job_id=next_id, task="train"), claimed(next_id) as held:
+            if held is not None:
+                from workers.pipeline import run_job
 
-            limit_threads()
-            run_job(*held)
+                limit_threads()
+                run_job(*held)
+        if held is not None:
+            return
+
+
+def _in_turn(task: str, named: str | None = None) -> list[str]:
+    with session_scope() as session:
+        return lifecycle.in_turn(session, task, named)
 
 
 @contextmanager
