@@ -30,6 +30,11 @@ SCHEMA = pa.schema(
         ("student_threshold", pa.float32()),
         ("student_uncertainty", pa.float32()),
         ("influence", pa.float32()),
+        ("influence_trend", pa.list_(pa.float32())),
+        ("student_label", pa.string()),
+        ("student_confidence", pa.float32()),
+        ("encoder_teacher_label", pa.string()),
+        ("encoder_teacher_confidence", pa.float32()),
         ("error", pa.string()),
     ]
 )

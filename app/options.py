@@ -17,6 +17,11 @@ LEARNING_RATES = {DEFAULT_STUDENT: 2e-4, "scratch": 5e-4}
 OTHER_LEARNING_RATE = 5e-5
 
 
+def default_learning_rate(model: str) -> float:
+    """The peak learning rate of a model that is trained without a wish for one."""
+    return LEARNING_RATES.get(model, OTHER_LEARNING_RATE)
+
+
 class Options(BaseModel):
     """Base of every option class: unknown fields are refused, values never change after parsing."""
 
@@ -145,12 +150,9 @@ class Student(Options):
 # --- methods: the rows of LLKD's tables -----------------------------------------------------------------------------
 
 
-class LLKD(Options):
-    """Keep rows the teacher is sure of and the student is not (arXiv:2411.08028)."""
+class LLKDThresholds(Options):
+    """How LLKD's two thresholds move, and when each of them selects."""
 
-    kind: Literal["llkd"]
-    weighted: bool = False
-    """LLKD_w, Eq. 9: weigh each selected row by confidence x uncertainty."""
     use_teacher_confidence: bool = True
     """False is the ablation `w/o TC`."""
     use_student_uncertainty: bool = True
@@ -170,6 +172,14 @@ class LLKD(Options):
     """Warm-up ends when chance-corrected agreement of student and teacher (Cohen's kappa) exceeds this."""
     floor: Annotated[float, Field(ge=0, le=1)] = 0.05
     """At least this share of every batch is trained on, most uncertain rows first; 0 is the paper's rule."""
+
+
+class LLKD(LLKDThresholds):
+    """Keep rows the teacher is sure of and the student is not (arXiv:2411.08028)."""
+
+    kind: Literal["llkd"]
+    weighted: bool = False
+    """LLKD_w, Eq. 9: weigh each selected row by confidence x uncertainty."""
 
 
 class NoSelection(Options):
@@ -232,8 +242,102 @@ class UNIXKD(Options):
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
 
 
+# --- methods with an encoder teacher: the rows of LGTM's tables ------------------------------------------------------
+
+
+class EncoderTeacher(Student):
+    """A classifier that teaches the student and learns itself, from the labels that `teacher` of the job gave."""
+
+    learning_rate: Annotated[Annotated[float, Field(gt=0, le=1)] | None, Field(validate_default=True)] = None
+    """Peak of its own AdamW schedule, which has the student's shape. Null chooses by its model, as for the student."""
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _by_its_model(cls, value: float | None, known: ValidationInfo) -> float | None:
+        return value if value is not None or "model" not in known.data else default_learning_rate(known.data["model"])
+
+
+class TaughtByEncoder(Options):
+    """What every method with an encoder teacher takes."""
+
+    teacher: EncoderTeacher = EncoderTeacher()
+    """The model that is trained as the teacher."""
+    distillation_loss: Literal["kl", "ce", "mse", "dist"] = "kl"
+    """How far the student is from the teacher: KL or cross-entropy of the softened distributions, squared difference of
+    the logits, or DIST's correlations (arXiv:2205.10536)."""
+    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
+    """Softens teacher and student in `kl`, `ce` and `dist`."""
+    distillation_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
+
+
+class TaughtTogether(TaughtByEncoder):
+    """What the methods take whose teacher learns in the same steps as the student."""
+
+    teacher_distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Share of the distance to the student in the teacher's loss; the rest is cross-entropy with the label."""
+    zero_heads: bool = True
+    """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
+
+
+class ProKT(TaughtTogether):
+    """Teacher and student trained together, each step the teacher first, held near the student (ICLR 2021)."""
+
+    kind: Literal["prokt"]
+
+
+class TaughtByInfluence(TaughtTogether):
+    """What LGTM adds to ProKT: rows held back for feedback, and how each row's influence on them steers the teacher."""
+
+    mode: Literal["official", "weighted", "meta"] = "official"
+    """The teacher's loss: as the authors' code computes it, as their paper writes it, or influence alone."""
+    influence_scale: Annotated[float, Field(ge=0, le=100_000)] = 1.0
+    """Multiplies the influence in the teacher's loss; 0 is ProKT."""
+    influence_clip: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """`weighted` only: a row's weight, scale x influence, lies between minus and plus this."""
+    influence: Literal["exact", "finite_difference"] = "exact"
+    """How influence is computed: one forward-mode pass, or the central difference of the authors."""
+    finite_difference_radius: Annotated[float, Field(gt=0, le=1)] = 1e-2
+    """`finite_difference` only: how far the student's weights move, in Euclidean length."""
+    influence_dropout: bool = False
+    """Whether dropout is on while influence is computed."""
+    influence_every: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Compute influence at every n-th step; the steps between are ProKT's."""
+    feedback_from: Literal["train", "validation"] = "train"
+    """Where the feedback rows are taken from; they then neither train the models nor choose the checkpoint."""
+    feedback_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of those rows that gives feedback."""
+    feedback_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Feedback rows a step; null: as many as `training.batch_size`."""
+
+
+class LGTM(TaughtByInfluence):
+    """The teacher learns to teach: it favours what helps the student on rows held back for feedback (ACL 2023)."""
+
+    kind: Literal["lgtm"]
+
+
+class LLKDLGTM(TaughtByInfluence):
+    """LLKD's thresholds choose the rows, and LGTM's teacher and student learn from them."""
+
+    kind: Literal["llkd_lgtm"]
+    selection: LLKDThresholds = LLKDThresholds()
+    """The thresholds that choose the rows."""
+
+
 Method = Annotated[
-    LLKD | NoSelection | Random | FreeMatch | SoftMatch | CCKDL | CCKDTReg | EntropyScore | UNIXKD,
+    LLKD
+    | NoSelection
+    | Random
+    | FreeMatch
+    | SoftMatch
+    | CCKDL
+    | CCKDTReg
+    | EntropyScore
+    | UNIXKD
+    | ProKT
+    | LGTM
+    | LLKDLGTM,
     Field(discriminator="kind"),
 ]
 
@@ -364,8 +468,7 @@ class JobSpec(Options):
     def _has_a_learning_rate(cls, value: Training, known: ValidationInfo) -> Training:
         if value.learning_rate is not None or "student" not in known.data:
             return value
-        rate = LEARNING_RATES.get(known.data["student"].model, OTHER_LEARNING_RATE)
-        return value.model_copy(update={"learning_rate": rate})
+        return value.model_copy(update={"learning_rate": default_learning_rate(known.data["student"].model)})
 
 
 # --- comparisons ----------------------------------------------------------------------------------------------------

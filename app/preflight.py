@@ -10,7 +10,7 @@ from app import labels, pretrained, webhooks
 from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
-from app.options import DatasetTeacher, JobSpec, Label, LLMTeacher
+from app.options import DatasetTeacher, JobSpec, Label, LLMTeacher, TaughtByEncoder, TaughtByInfluence
 
 MIN_ROWS = 2
 SPLIT_FIELDS = {"train": "dataset_id", "validation": "validation_dataset_id", "test": "test_dataset_id"}
@@ -48,6 +48,7 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     datasets = _datasets(session, tenant, spec, faults)
     chosen = _labels(spec, datasets.get("train"), faults)
     warnings = _check_held_out(datasets, chosen, faults)
+    _check_feedback(spec, faults)
     revision = _check_models(spec, settings, faults)
     faults.refuse()
     for split, dataset in datasets.items():
@@ -221,10 +222,27 @@ def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: F
     return warnings
 
 
+def _check_feedback(spec: JobSpec, faults: Faults) -> None:
+    method = spec.method
+    if (
+        isinstance(method, TaughtByInfluence)
+        and method.feedback_from == "validation"
+        and not spec.validation_dataset_id
+    ):
+        faults.note(
+            "/method/feedback_from", "feedback_without_validation",
+            "there is no validation set to take feedback rows from; name one in validation_dataset_id, or say 'train'",
+        )  # fmt: skip
+
+
 def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | None:
     """The teacher's revision, where it is a model."""
     revision = None
     wanted: list[tuple[str, str, pretrained.Purpose]] = [("/student/model", spec.student.model, "student")]
+    encoders = {"/student/model": spec.student}
+    if isinstance(spec.method, TaughtByEncoder):
+        encoders["/method/teacher/model"] = spec.method.teacher
+        wanted.append(("/method/teacher/model", spec.method.teacher.model, "student"))
     if (model := getattr(spec.teacher, "model", None)) is not None:
         wanted.append(("/teacher/model", model, "encoder_teacher"))
     for pointer, name, purpose in wanted:
@@ -235,9 +253,9 @@ def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | No
         else:
             if pointer == "/teacher/model":
                 revision = source.revision
-            elif source.layers is not None and (spec.student.num_layers or 0) > source.layers:
+            elif source.layers is not None and (encoders[pointer].num_layers or 0) > source.layers:
                 faults.note(
-                    "/student/num_layers", "too_many_layers",
+                    pointer.replace("model", "num_layers"), "too_many_layers",
                     f"{name!r} has {source.layers} layers; ask for at most that many, or leave num_layers out to keep all",
                 )  # fmt: skip
     return revision

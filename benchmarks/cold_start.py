@@ -29,9 +29,10 @@ from workers.reporter import MemoryReporter
 from workers.teachers import TEACHERS
 from workers.teachers.teacher import Row
 from workers.training.data import tokenise
-from workers.training.distill import HeldOut, Pool, begin, distill
+from workers.training.distill import distill
 from workers.training.encoders import build_student
 from workers.training.evaluation import predict_probabilities
+from workers.training.run import HeldOut, Pool, begin
 
 PAPER = {"class_norm": "max", "student_threshold": "moving_average", "warm_up": "none", "floor": 0.0}
 METHODS: dict[str, dict[str, Any]] = {

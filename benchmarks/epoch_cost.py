@@ -27,8 +27,9 @@ from workers.reporter import MemoryReporter
 from workers.teachers import TEACHERS
 from workers.teachers.teacher import Row
 from workers.training.data import tokenise
-from workers.training.distill import HeldOut, Pool, begin, distill
+from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
+from workers.training.run import HeldOut, Pool, begin
 
 
 def main() -> None:

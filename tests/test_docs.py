@@ -32,7 +32,8 @@ from app.models import PHASES, Job, JobMetric
 from tests.support import label, new_key, serving
 from workers import tasks
 from workers.algorithms.selection import RULES
-from workers.training.distill import LEDGER_REASONS, make_rule
+from workers.training.distill import STEPS
+from workers.training.run import LEDGER_REASONS, make_rule
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 API, QUICKSTART, METHODS = (REPOSITORY / "docs" / name for name in ("api.md", "quickstart.md", "methods.md"))
@@ -282,6 +283,8 @@ OPTION_TABLES = {
     "`arms[]`": options.Arm,
     **{f"`teacher`: `{kind}`": entry for kind, entry in TEACHER_KINDS.items()},
     **{f"`method`: `{kind}`": entry for kind, entry in METHOD_KINDS.items()},
+    "`method.teacher`": options.EncoderTeacher,
+    "`method.selection`": options.LLKDThresholds,
 }
 
 
@@ -340,7 +343,7 @@ def test_every_series_that_a_rule_adds_is_explained() -> None:
         rule = make_rule(entry(kind=kind))
         state = rule.initial(3)
         names |= {f"threshold_{side}/<label>" for side in rule.thresholds(state)} | set(rule.summary(state))
-    assert set(METHOD_KINDS) == set(RULES)
+    assert set(METHOD_KINDS) == {*RULES, *STEPS}
     assert_named(names, API, "series")
 
 

@@ -20,8 +20,8 @@ from app.models import Checkpoint, Dataset, Job, new_id
 from app.storage import Storage, sha256_of
 from workers.model_card import model_card
 from workers.teachers.teacher import Row
-from workers.training.distill import LEDGER_REASONS, Ledger
 from workers.training.encoders import Student, save_student
+from workers.training.run import LEDGER_REASONS, Ledger
 
 LEDGER_GROUP_ROWS = 10_000
 
@@ -47,7 +47,7 @@ def read_table(files: Storage, dataset: Dataset) -> pa.Table:
 
 def write_ledger(
     files: Storage, job_id: str, rows: pa.Table, answers: pa.Table, happened: Ledger, labels: Sequence[str],
-    offered_rows: NDArray[np.int64],
+    offered_rows: NDArray[np.int64], feedback_rows: NDArray[np.int64] | None = None,
 ) -> None:  # fmt: skip
     """Store the samples ledger as it stands: one row for each of the N train rows, as app.ledger.SCHEMA."""
     count = rows.num_rows
@@ -62,6 +62,8 @@ def write_ledger(
     in_pool[offered_rows] = True
     reasons = happened.reason.astype(np.int64)
     reasons[~in_pool] = LEDGER_REASONS.index("held_back")
+    if feedback_rows is not None:
+        reasons[feedback_rows] = LEDGER_REASONS.index("feedback")
     reasons[~labeled] = LEDGER_REASONS.index("not_labeled")
     columns: dict[str, Any] = {
         "row": np.arange(count),
@@ -77,7 +79,7 @@ def write_ledger(
         "decision": pa.array(np.where(happened.selected > 0, "selected", "rejected").tolist(), pa.string()),
         "reason": pa.array(np.array(LEDGER_REASONS)[reasons].tolist(), pa.string()),
         "error": answers.column("error"),
-        "influence": pa.nulls(count, pa.float32()),
+        **_influence(happened, labels),
     }
     for name, values in (
         ("teacher_threshold", happened.teacher_threshold),
@@ -121,6 +123,24 @@ def write_predictions(
         path = Path(directory) / "predictions.parquet"
         pq.write_table(table, path, compression="zstd")
         files.put(predictions.key(job_id), path)
+
+
+def _influence(happened: Ledger, labels: Sequence[str]) -> dict[str, Any]:
+    """The columns of the methods that measure influence; empty for the others."""
+    trend = happened.influence
+    known = ~np.isnan(trend)
+    counts = known.sum(axis=1)
+    mean = np.where(known, trend, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(counts, 1)
+    columns: dict[str, Any] = {"influence": pa.array(mean, pa.float32(), mask=counts == 0)}
+    places = pa.array(np.arange(len(trend) + 1) * trend.shape[1], pa.int32())
+    values = pa.array(trend.ravel(), pa.float32(), mask=~known.ravel())
+    columns["influence_trend"] = pa.ListArray.from_arrays(places, values, mask=pa.array(counts == 0))
+    for part in ("student", "encoder_teacher"):
+        indices, confidence = getattr(happened, f"{part}_label"), getattr(happened, f"{part}_confidence")
+        names = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int16(), mask=indices < 0), pa.array(list(labels)))
+        columns[f"{part}_label"] = names.cast(pa.string())
+        columns[f"{part}_confidence"] = pa.array(confidence, pa.float32(), mask=np.isnan(confidence))
+    return columns
 
 
 def publish_checkpoint(

@@ -16,16 +16,19 @@ from app.config import settings
 from app.db import session_scope
 from app.lifecycle import WorkFailed
 from app.models import Dataset, Job, LabelSet
-from app.options import JobSpec
+from app.options import JobSpec, TaughtByEncoder, TaughtByInfluence
+from app.options import Student as StudentOptions
 from app.storage import Storage, storage
 from workers import artifacts
 from workers.labeling import read_labels
 from workers.reporter import Reporter, Stopped
 from workers.training import resume
-from workers.training.data import tokenise
-from workers.training.distill import HeldOut, Pool, Run, begin, distill
+from workers.training.data import Tokens, tokenise
+from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
 from workers.training.evaluation import evaluate, predict_probabilities
+from workers.training.run import HeldOut, Pool, Run, begin
+from workers.training.splits import Splits, choose, exact_groups, near_groups
 
 
 @dataclass
@@ -48,6 +51,12 @@ class Material:
         if not self.datasets[split].has_text_pair:
             return None
         return [pair or "" for pair in self.tables[split].column("text_pair").to_pylist()]
+
+    def joined(self, split: str) -> list[str]:
+        """Each row's text, or both texts of its pair."""
+        pairs = self.pairs(split)
+        texts = self.texts(split)
+        return texts if pairs is None else [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)]
 
     def gold(self, split: str) -> list[str | None]:
         return self.tables[split].column("label").to_pylist()
@@ -74,22 +83,43 @@ def run_job(job: Job, report: Reporter) -> None:
     material = gather(job, files)
     probabilities = material.probabilities("train")
     _refuse_a_constant_teacher(material, probabilities)
-    all_barred = barred_rows(material)
-    pool_rows, validation_rows = choose_rows(material, all_barred)
-    _refuse_an_empty_split(material, pool_rows[~all_barred[pool_rows]], validation_rows)
-    student = _student(material)
+    splits = split_rows(material, report)
+    _refuse_an_empty_split(material, splits)
+    student = _encoder(material, material.spec.student)
     _tell_parameters(student, report)
-    tokens = {split: _tokenise(student, material, split, report) for split in material.datasets}
-    pool = Pool(tokens["train"], torch.from_numpy(probabilities), pool_rows, all_barred)
-    if "validation" in material.datasets:
-        held_out = HeldOut(tokens["validation"], validation_rows, _indices(material, "validation")[validation_rows])
-    else:
-        held_out = HeldOut(tokens["train"], validation_rows, probabilities[validation_rows].argmax(axis=1))
+    teacher, teacher_tokens = None, None
+    if isinstance(material.spec.method, TaughtByEncoder):
+        teacher = _encoder(material, material.spec.method.teacher)
+        _tell_parameters(teacher, report, "teacher")
+        if not _read_alike(teacher, student):
+            teacher_tokens = _tokenise(teacher, material, report)
+    tokens = _tokenise(student, material, report)
+
+    def held(split: str, rows: NDArray[np.int64]) -> HeldOut:
+        gold = _indices(material, split)[rows] if split == "validation" else probabilities[rows].argmax(axis=1)
+        return HeldOut(tokens[split], rows, gold, teacher_tokens[split] if teacher_tokens else None)
+
+    held_out = held("validation" if "validation" in material.datasets else "train", splits.validation)
+    if "validation" not in material.datasets:
         report.event(
             "training.held_back",
-            f"There is no validation set, so {len(validation_rows)} pseudo-labeled rows are held back to choose the checkpoint.",
-            rows=len(validation_rows),
+            f"There is no validation set, so {len(splits.validation)} pseudo-labeled rows are held back to choose the checkpoint.",
+            rows=len(splits.validation),
         )
+    feedback = None
+    if isinstance(material.spec.method, TaughtByInfluence):
+        source = material.spec.method.feedback_from
+        feedback = held(source, splits.feedback)
+        report.event(
+            "training.feedback",
+            f"{len(splits.feedback)} rows of the {source} set give feedback to the teacher; they neither train nor choose the checkpoint.",
+            rows=len(splits.feedback), source=source,
+        )  # fmt: skip
+    pool_rows = splits.train
+    pool = Pool(
+        tokens["train"], torch.from_numpy(probabilities), pool_rows, splits.barred,
+        teacher_tokens["train"] if teacher_tokens else None, feedback,
+    )  # fmt: skip
     barred = int(pool.barred[pool_rows].sum())
     if barred:
         report.event(
@@ -97,14 +127,15 @@ def run_job(job: Job, report: Reporter) -> None:
             message=f"{barred} train rows also stand in the validation or test set; they are seen but never trained on.",
         )  # fmt: skip
 
-    run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels))
+    run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels), teacher)
     if resume.restore(run, files, job.id):
         report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
 
     def write_ledger(run: Run) -> None:
         artifacts.write_ledger(
-            files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool_rows
-        )
+            files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool_rows,
+            splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None,
+        )  # fmt: skip
 
     distill(
         run, pool, held_out, material.labels, material.spec.method, material.spec.training, report,
@@ -140,31 +171,26 @@ def gather(job: Job, files: Storage) -> Material:
     )
 
 
-def choose_rows(material: Material, barred: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The train rows to offer, and the rows that choose the checkpoint: labeled validation rows, or train rows held back.
-
-    No text of the test set chooses the checkpoint, and no text that was held back is trained on.
-    """
-    labeled = np.flatnonzero(np.asarray(material.answers["train"].column("probabilities").is_valid()))
-    if "validation" in material.datasets:
-        tested = set(material.hashes("test")) if "test" in material.datasets else set()
-        named = zip(material.gold("validation"), material.hashes("validation"), strict=True)
-        return labeled, np.flatnonzero([name is not None and key not in tested for name, key in named])
-    share = material.spec.training.validation_share
-    count = min(max(1, round(share * len(labeled))), max(0, len(labeled) - 1))
-    training = material.spec.training
+def split_rows(material: Material, report: Reporter) -> Splits:
+    """Who does what. A method that takes feedback from rows of its own keeps near-duplicates on one side of every split."""
+    method, training = material.spec.method, material.spec.training
     seed = training.seed if training.split_seed is None else training.split_seed
-    random = np.random.Generator(np.random.PCG64(seed))
-    hashes = material.hashes("train")
-    held_back = {hashes[row] for row in random.permutation(labeled[~barred[labeled]])[:count]}
-    is_held_back = np.array([hashes[row] in held_back for row in labeled], bool)
-    return labeled[~is_held_back], labeled[is_held_back]
-
-
-def barred_rows(material: Material) -> NDArray[np.bool_]:
-    """(N,) train rows whose text also stands in the validation or test set: a score on them would prove nothing."""
-    held_out = {key for split in material.datasets if split != "train" for key in material.hashes(split)}
-    return np.array([key in held_out for key in material.hashes("train")], bool)
+    labeled = np.flatnonzero(np.asarray(material.answers["train"].column("probabilities").is_valid()))
+    validation = None
+    if "validation" in material.datasets:
+        validation = np.flatnonzero([name is not None for name in material.gold("validation")])
+    if not isinstance(method, TaughtByInfluence):
+        groups = exact_groups({split: material.hashes(split) for split in material.datasets})
+        return choose(groups, labeled, validation, seed=seed, validation_share=training.validation_share)
+    texts = {split: material.joined(split) for split in material.datasets}
+    groups = near_groups(texts, progress=lambda done: report.check())
+    if method.feedback_from == "validation" and validation is not None:
+        # A row of a class that the student cannot name could not tell it anything.
+        validation = validation[_indices(material, "validation")[validation] < len(material.labels)]
+    return choose(
+        groups, labeled, validation, seed=seed, validation_share=training.validation_share,
+        feedback_share=method.feedback_share, feedback_from=method.feedback_from,
+    )  # fmt: skip
 
 
 def _refuse_a_constant_teacher(material: Material, probabilities: NDArray[np.float32]) -> None:
@@ -184,45 +210,60 @@ def _refuse_a_constant_teacher(material: Material, probabilities: NDArray[np.flo
         )  # fmt: skip
 
 
-def _refuse_an_empty_split(material: Material, usable: NDArray[np.int64], validation: NDArray[np.int64]) -> None:
-    if len(usable) == 0:
+def _refuse_an_empty_split(material: Material, splits: Splits) -> None:
+    if splits.barred[splits.train].all():
         raise WorkFailed(
             "nothing_to_train_on",
             "Every labeled train row also stands in the validation or test set, or repeats a row that is held back; "
             "there is nothing left to train on.",
         )
-    if len(validation) == 0:
+    if len(splits.validation) == 0:
         raise WorkFailed(
             "nothing_to_choose_by",
             "No labeled row is left to choose the checkpoint by that does not also stand in the test set.",
         )
+    if isinstance(material.spec.method, TaughtByInfluence) and len(splits.feedback) == 0:
+        raise WorkFailed(
+            "nothing_to_feed_back",
+            f"No labeled row is left in the {material.spec.method.feedback_from} set to give feedback; "
+            "upload more rows, or choose another method.feedback_from.",
+        )
 
 
-def _student(material: Material) -> Student:
-    wish = material.spec.student
+def _encoder(material: Material, wish: StudentOptions) -> Student:
     source = pretrained.resolve(
         wish.model, purpose="student", roots=settings().model_roots, allow_hub=settings().allow_hub
     )
-    student = build_student(
+    encoder = build_student(
         wish, material.labels, material.texts("train"), material.pairs("train"), source, material.spec.training.seed
     )
-    student.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return student
+    encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return encoder
 
 
-def _tell_parameters(student: Student, report: Reporter) -> None:
-    parameters = sum(parameter.numel() for parameter in student.model.parameters())
+def _tell_parameters(encoder: Student, report: Reporter, part: str = "student") -> None:
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
     report.event(
-        "training.student", f"The student has {parameters:,} parameters in {student.model.config.num_hidden_layers} layers.",
-        parameters=parameters, layers=student.model.config.num_hidden_layers, source=student.source.kind,
-        device=str(student.model.device),
+        f"training.{part}", f"The {part} has {parameters:,} parameters in {encoder.model.config.num_hidden_layers} layers.",
+        parameters=parameters, layers=encoder.model.config.num_hidden_layers, source=encoder.source.kind,
+        device=str(encoder.model.device),
     )  # fmt: skip
 
 
-def _tokenise(student: Student, material: Material, split: str, report: Reporter) -> Any:
-    return tokenise(
-        student.tokenizer, material.texts(split), material.pairs(split), progress=lambda done: report.check()
-    )
+def _read_alike(one: Student, other: Student) -> bool:
+    """Whether both make the same tokens of every text; asked before either has read one."""
+    mine, theirs = one.tokenizer, other.tokenizer
+    same = mine.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    return same and mine.model_max_length == theirs.model_max_length and type(mine) is type(theirs)
+
+
+def _tokenise(encoder: Student, material: Material, report: Reporter) -> dict[str, Tokens]:
+    return {
+        split: tokenise(
+            encoder.tokenizer, material.texts(split), material.pairs(split), progress=lambda done: report.check()
+        )
+        for split in material.datasets
+    }
 
 
 def _indices(material: Material, split: str) -> NDArray[np.int64]:

@@ -351,6 +351,15 @@ class SampleRead(Read):
     student_threshold: float | None
     student_uncertainty: float | None
     influence: float | None
+    """Mean over the epochs: how far learning from the row lowers the loss on the feedback rows; below 0 it does harm."""
+    influence_trend: list[float | None] | None = None
+    """By epoch."""
+    student_label: str | None = None
+    """What the student said when influence was last measured."""
+    student_confidence: float | None = None
+    encoder_teacher_label: str | None = None
+    """What the encoder teacher said then."""
+    encoder_teacher_confidence: float | None = None
     error: str | None
 
 

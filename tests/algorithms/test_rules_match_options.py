@@ -9,12 +9,14 @@ import pytest
 
 from app.options import Method
 from workers.algorithms.selection import RULES
+from workers.training.distill import STEPS
 
 OPTIONS = {get_args(cls.model_fields["kind"].annotation)[0]: cls for cls in get_args(get_args(Method)[0])}
 
 
-def test_every_method_has_a_rule_and_every_rule_a_method() -> None:
-    assert set(RULES) == set(OPTIONS)
+def test_every_method_has_a_rule_or_a_step_and_the_other_way_round() -> None:
+    assert set(RULES) | set(STEPS) == set(OPTIONS)
+    assert not set(RULES) & set(STEPS)
 
 
 @pytest.mark.parametrize("kind", sorted(set(OPTIONS) & set(RULES)))

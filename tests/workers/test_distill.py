@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from app import options, pretrained
 from tests.support import TOPICS, sentences
 from workers.reporter import MemoryReporter
 from workers.training.data import tokenise
-from workers.training.distill import HeldOut, Pool, Run, begin, distill, learning_rate
+from workers.training.distill import distill, learning_rate
 from workers.training.encoders import build_student
 from workers.training.evaluation import predict_probabilities
+from workers.training.run import HeldOut, Pool, Run, begin
 
 ROWS = 30
 WISH = options.Student(model="scratch", num_layers=1, hidden_size=32, vocab_size=300, max_length=24)
@@ -41,7 +43,12 @@ def prepared(
     pool = Pool(tokenise(student.tokenizer, texts), teacher, np.arange(ROWS), is_barred)
     tokens = tokenise(student.tokenizer, [row["text"] for row in held_out])
     gold = np.array([TOPICS.index(row["label"]) for row in held_out])
-    return begin(student, pool, chosen, training, 3), pool, HeldOut(tokens, np.arange(15), gold)
+    validation = HeldOut(tokens, np.arange(15), gold)
+    if not isinstance(chosen, options.TaughtByEncoder):
+        return begin(student, pool, chosen, training, 3), pool, validation
+    encoder_teacher = build_student(WISH, TOPICS, texts, None, source, seed=1)
+    pool = replace(pool, feedback=HeldOut(tokens, np.arange(10), gold[:10]))
+    return begin(student, pool, chosen, training, 3, encoder_teacher), pool, validation
 
 
 def trained(

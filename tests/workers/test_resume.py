@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,9 @@ from workers import tasks
 from workers.reporter import MemoryReporter, Reporter, Stopped
 from workers.training import resume
 from workers.training.data import tokenise
-from workers.training.distill import HeldOut, Ledger, Pool, Run, begin, distill
+from workers.training.distill import distill
 from workers.training.encoders import build_student
+from workers.training.run import HeldOut, Ledger, Pool, Run, begin
 
 ROWS = 40
 TRAINING = options.Training(epochs=2, batch_size=8, learning_rate=5e-3)
@@ -46,8 +47,12 @@ METHODS: list[options.Method] = [
         {"kind": "llkd", "weighted": True, "warm_up_agreement": 0.1},
         {"kind": "random", "ratio": 0.55},
         {"kind": "softmatch"},
+        {"kind": "prokt"},
+        {"kind": "lgtm", "influence_every": 2, "mode": "weighted"},
+        {"kind": "llkd_lgtm", "influence": "finite_difference", "influence_dropout": True},
     )
 ]
+TEACHER = WISH.model_copy(update={"num_layers": 2})
 
 
 class Interrupted(MemoryReporter):
@@ -79,7 +84,12 @@ def fresh(method: options.Method) -> tuple[Run, Pool, HeldOut]:
     pool = Pool(tokenise(student.tokenizer, texts), teacher, np.arange(ROWS), barred)
     validation = tokenise(student.tokenizer, [row["text"] for row in held_out])
     gold = np.array([TOPICS.index(row["label"]) for row in held_out])
-    return begin(student, pool, method, TRAINING, 3), pool, HeldOut(validation, np.arange(15), gold)
+    held_out = HeldOut(validation, np.arange(15), gold)
+    if not isinstance(method, options.TaughtByEncoder):
+        return begin(student, pool, method, TRAINING, 3), pool, held_out
+    teacher_model = build_student(TEACHER, TOPICS, texts, None, source, seed=1)
+    pool = replace(pool, feedback=HeldOut(validation, np.arange(10), gold[:10]))
+    return begin(student, pool, method, TRAINING, 3, teacher_model), pool, held_out
 
 
 def train(method: options.Method, storage: Storage, name: str, stop_at: int | None = None) -> tuple[Run, Interrupted]:
@@ -106,6 +116,11 @@ def trace(run: Run, *reports: Interrupted) -> dict[str, Any]:
     points = {(name, step): (epoch, value) for report in reports for name, step, epoch, value in report.points}
     return {
         "weights": {name: tensor.numpy().tobytes() for name, tensor in run.student.model.state_dict().items()},
+        "companions": {
+            f"{part} {name}": tensor.numpy().tobytes()
+            for part, companion in run.companions.items()
+            for name, tensor in companion.encoder.model.state_dict().items()
+        },
         "ledger": {entry.name: getattr(run.ledger, entry.name).tobytes() for entry in fields(Ledger)},
         "rule": {name: tensor.numpy().tobytes() for name, tensor in run.rule_state.items()},
         "selection": run.progress.selection(),
@@ -118,9 +133,10 @@ def trace(run: Run, *reports: Interrupted) -> dict[str, Any]:
 def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_never_been(method: options.Method, storage: Storage) -> None:
     undisturbed, report = train(method, storage, f"job_{method.kind}-undisturbed")
     expected = trace(undisturbed, report)
-    assert report.asked == CHECKS
+    checks = report.asked
+    assert checks == CHECKS + (2 if undisturbed.companions else 0)  # one more batch is scored in each epoch
     assert undisturbed.progress.selection()["selected"] > 0
-    for stop_at in range(1, CHECKS + 1, 1 if method.kind == "llkd" else 3):
+    for stop_at in range(1, checks + 1, 1 if method.kind == "llkd" else 3):
         name = f"job_{method.kind}-{stop_at}"
         _, first = train(method, storage, name, stop_at)
         assert first.events[-1][0] == "stopped"
@@ -128,7 +144,9 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_never_been(method: opt
         got = trace(resumed, first, second)
         for part in expected:
             assert got[part] == expected[part], f"{part} differ after a stop at question {stop_at}"
-        assert second.asked == CHECKS - stop_at + 1, "no step is done twice"
+        again = second.asked - (checks - stop_at + 1)
+        # A stop between the scoring of student and teacher scores the student twice; no step is done twice.
+        assert again == 0 or (again == 1 and stop_at in (checks // 2, checks)), stop_at
 
 
 def test_a_run_that_is_stopped_at_every_step_ends_as_if_it_had_never_been(storage: Storage) -> None:

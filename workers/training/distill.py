@@ -1,7 +1,8 @@
-"""The training loop of every selection rule, from top to bottom: offer, look, select, step; note why; save; score.
+"""The training loop of every method, from top to bottom: offer, look, select, step; note why; save; score.
 
-The rules themselves are pure and live in workers/algorithms/selection. Everything the loop remembers is in Progress,
-so a run that is saved and restored ends in the same weights, bit for bit on the CPU, as one never disturbed.
+Two parts of it are the method's own. Its rule chooses the rows of a batch (workers/algorithms/selection); its step learns
+from them (STEPS): the student alone from the labels, or student and encoder teacher together. Everything the loop remembers
+is in Run, so a run that is saved and restored ends in the same weights, bit for bit on the CPU, as one never disturbed.
 """
 
 from __future__ import annotations
@@ -9,178 +10,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from app.options import OTHER_LEARNING_RATE, Method, Training
 from workers.algorithms import metrics
-from workers.algorithms.selection import RULES
-from workers.algorithms.selection.rule import REASONS, Selection, Signals, State
+from workers.algorithms.selection.rule import Selection, Signals, State
 from workers.reporter import Report, Stopped
-from workers.training.data import Tokens
-from workers.training.encoders import Student
 from workers.training.evaluation import PredictionStopped, predict_probabilities
+from workers.training.lgtm import lgtm_step
+from workers.training.prokt import prokt_step
+from workers.training.run import EpochCount, HeldOut, Interval, Pool, Progress, Run, make_rule
+from workers.training.step import Learned, Lesson, Step, backward_and_step, inputs, logits_of
 
 POINTS_PER_RUN = 200
 """About how many points a step series gets."""
-HELD_OUT_DUPLICATE = len(REASONS)
-"""A reason of the loop, not of a rule: the text also stands in the validation or test set, so it is never trained on."""
-LEDGER_REASONS = (*REASONS, "in_held_out_set", "held_back", "not_labeled")
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The train rows as the loop sees them."""
-
-    tokens: Tokens
-    """Of all N rows of the dataset."""
-    teacher: Tensor
-    """(N, C) float32 distributions over the labels; rows without a label are NaN and not in `rows`."""
-    rows: NDArray[np.int64]
-    """The rows to be offered, ascending."""
-    barred: NDArray[np.bool_]
-    """(N,) rows whose text is also held out; they are seen, and rejected."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows that choose the checkpoint, with the class index each should get; others are classes the student cannot name."""
-
-    tokens: Tokens
-    rows: NDArray[np.int64]
-    gold: NDArray[np.int64]
-
-
-@dataclass
-class Ledger:
-    """What happened to each of the N rows; arrays of shape (N,)."""
-
-    offered: NDArray[np.int32]
-    selected: NDArray[np.int32]
-    reason: NDArray[np.int8]
-    """Index into LEDGER_REASONS of the last rejection; 0 when there was none."""
-    teacher_threshold: NDArray[np.float32]
-    student_threshold: NDArray[np.float32]
-    uncertainty: NDArray[np.float32]
-
-    @classmethod
-    def empty(cls, rows: int) -> Ledger:
-        nothing = [np.full(rows, np.nan, np.float32) for _ in range(3)]
-        return cls(np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int8), *nothing)
-
-    def note(self, rows: NDArray[np.int64], selection: Selection) -> None:
-        """Take in the decisions about one batch."""
-        mask = selection.mask.numpy()
-        self.offered[rows] += 1
-        self.selected[rows[mask]] += 1
-        self.reason[rows[~mask]] = selection.reasons.numpy()[~mask]
-        for name, values in (
-            ("teacher_threshold", selection.teacher_threshold),
-            ("student_threshold", selection.student_threshold),
-            ("uncertainty", selection.uncertainty),
-        ):
-            known = ~torch.isnan(values).numpy()
-            getattr(self, name)[rows[known]] = values.numpy()[known]
-
-    def bar(self, rows: NDArray[np.int64]) -> None:
-        """Take in rows that are seen but may not be trained on."""
-        self.offered[rows] += 1
-        self.reason[rows] = HELD_OUT_DUPLICATE
-
-
-@dataclass
-class EpochCount:
-    """Rows offered and trained on in one epoch."""
-
-    epoch: int
-    seen: int = 0
-    selected: int = 0
-
-
-@dataclass
-class Interval:
-    """What is averaged between two points of the step series."""
-
-    seen: int = 0
-    selected: int = 0
-    loss: float = 0.0
-    steps: int = 0
-    class_seen: list[int] = field(default_factory=list)
-    class_selected: list[int] = field(default_factory=list)
-
-
-@dataclass
-class Progress:
-    """All that the loop remembers between two steps, besides model, optimizer and random state."""
-
-    epoch: int = 0
-    position: int = 0
-    """Rows of this epoch's order that are done."""
-    step: int = 0
-    counts: list[EpochCount] = field(default_factory=list)
-    interval: Interval = field(default_factory=Interval)
-    best_score: float = -1.0
-    best_epoch: float = 0.0
-    best_step: int = 0
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def selection(self) -> dict[str, Any]:
-        """The figures the job shows."""
-        counts = [count for count in self.counts if count.seen]
-        seen = sum(count.seen for count in counts)
-        selected = sum(count.selected for count in counts)
-        return {
-            "seen": seen,
-            "selected": selected,
-            "ratio": selected / seen if seen else 0.0,
-            "epochs": [{**asdict(count), "ratio": count.selected / count.seen} for count in counts],
-        }
-
-
-@dataclass
-class Run:
-    """A training under way: everything that is saved and restored."""
-
-    student: Student
-    optimizer: torch.optim.Optimizer
-    rule_state: State
-    generator: torch.Generator
-    """Of the rule's random choices."""
-    ledger: Ledger
-    progress: Progress
-    best_weights: dict[str, Tensor] | None = None
-
-
-def begin(student: Student, pool: Pool, method: Method, training: Training, classes: int) -> Run:
-    """A run at its first step. The random state of the process is set from the seed."""
-    torch.manual_seed(training.seed)
-    model = student.model
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=training.learning_rate or OTHER_LEARNING_RATE,
-        fused=True,
-    )
-    return Run(
-        student=student,
-        optimizer=optimizer,
-        rule_state=make_rule(method).initial(classes),
-        generator=torch.Generator().manual_seed(training.seed),
-        ledger=Ledger.empty(len(pool.tokens)),
-        progress=Progress(),
-    )
-
-
-def make_rule(method: Method) -> Any:
-    """The rule a method option names."""
-    return RULES[method.kind](**method.model_dump(exclude={"kind"}))
 
 
 def distill(
@@ -201,11 +51,12 @@ def distill(
     Best is the highest macro-F1 on `held_out` (then accuracy), looked at after every epoch. `save` is called every
     `save_every_seconds` and before Stopped leaves; LeaseLost leaves at once. Metric series by step: train_loss,
     learning_rate, seen and selected (totals so far), ratio, class_ratio/<label>, threshold_teacher/<label>,
-    threshold_student/<label>, and what the rule says of itself; by epoch: epoch_ratio, validation_accuracy,
-    validation_macro_f1.
+    threshold_student/<label>, and what rule and step say of themselves; by epoch: epoch_ratio, validation_accuracy,
+    validation_macro_f1, validation_loss, and with an encoder teacher its accuracy and macro-F1 on the same rows.
     """
     rule, model, progress = make_rule(method), run.student.model, run.progress
-    device, bf16 = model.device, training.precision == "bf16"
+    learn, bf16 = STEPS.get(method.kind, supervised_step), training.precision == "bf16"
+    peak = training.learning_rate or OTHER_LEARNING_RATE
     rows_offered = len(pool.rows)
     steps_per_epoch = math.ceil(rows_offered / training.batch_size)
     total_steps = steps_per_epoch * training.epochs
@@ -217,6 +68,8 @@ def distill(
     saved_at = began = time.monotonic()
     seconds_before = progress.seconds
     model.train()
+    for companion in run.companions.values():
+        companion.encoder.model.train()
     try:
         while progress.epoch < training.epochs:
             order = pool.rows[_permutation(rows_offered, training.seed, progress.epoch)]
@@ -240,18 +93,17 @@ def distill(
 
                 rate = learning_rate(progress.step, total_steps, training)
                 if selection.mask.any():
-                    for group in run.optimizer.param_groups:
-                        group["lr"] = rate
-                    chosen = pool.tokens.batch(rows[selection.mask.numpy()])
-                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                        logits = model(**{name: tensor.to(device) for name, tensor in chosen.items()}).logits.float()
-                    loss = rule.loss(logits, teacher[selection.mask], selection)
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-                    run.optimizer.step()
-                    run.optimizer.zero_grad(set_to_none=True)
-                    progress.interval.loss += loss.item()
+                    set_learning_rate(run.optimizer, rate)
+                    for companion in run.companions.values():
+                        set_learning_rate(companion.optimizer, companion.learning_rate * rate / peak)
+                    chosen = rows[selection.mask.numpy()]
+                    lesson = Lesson(chosen, teacher[selection.mask], selection, rule, progress.step)
+                    learned = learn(run, pool, method, training, lesson)
+                    progress.interval.loss += learned.loss
                     progress.interval.steps += 1
+                    progress.interval.note(learned.figures)
+                    if learned.measured is not None:
+                        run.ledger.note_influence(chosen, learned.measured, progress.epoch, training.epochs)
 
                 run.ledger.note(rows, selection)
                 run.ledger.bar(batch[pool.barred[batch]])
@@ -283,6 +135,24 @@ def distill(
     model.eval()
     report.flush()
     return run
+
+
+def supervised_step(run: Run, pool: Pool, method: Method, training: Training, lesson: Lesson) -> Learned:
+    """The student alone learns from the labels, by the loss of the rule that chose the rows."""
+    logits = logits_of(run.student.model, inputs(pool.tokens, lesson.rows, run.student.model.device), training)
+    loss = lesson.rule.loss(logits, lesson.teacher, lesson.selection)
+    backward_and_step(run.student.model, run.optimizer, loss, training)
+    return Learned(loss.item())
+
+
+STEPS: dict[str, Step] = {"prokt": prokt_step, "lgtm": lgtm_step, "llkd_lgtm": lgtm_step}
+"""How the methods learn that do more than `supervised_step`, by kind."""
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Of all its parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def learning_rate(step: int, total_steps: int, training: Training) -> float:
@@ -333,6 +203,7 @@ def _report_interval(
             {f"threshold_{side}/{label}": value for label, value in zip(labels, thresholds.tolist(), strict=True)}
         )
     values.update(rule.summary(state))
+    values.update(interval.means())
     report.metrics(progress.step, progress.epoch + progress.position / rows_per_epoch, values)
     report.selection(figures)
     progress.interval = Interval()
@@ -347,22 +218,38 @@ def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
 
     progress, model = run.progress, run.student.model
     probabilities = predict_probabilities(model, held_out.tokens, held_out.rows, should_stop=should_stop)
-    predicted, gold = probabilities.argmax(dim=1), torch.from_numpy(held_out.gold)
-    scores = {
-        "validation_accuracy": float(metrics.accuracy(gold, predicted)),
-        "validation_macro_f1": float(metrics.macro_f1(gold, predicted)),
-    }
+    gold = torch.from_numpy(held_out.gold)
+    scores = {f"validation_{name}": value for name, value in agreement(gold, probabilities).items()}
+    figures: dict[str, float | None] = {**scores, "validation_loss": _cross_entropy(gold, probabilities)}
+    if (companion := run.companions.get("teacher")) is not None:
+        tokens = held_out.teacher_tokens or held_out.tokens
+        probabilities = predict_probabilities(companion.encoder.model, tokens, held_out.rows, should_stop=should_stop)
+        figures |= {f"encoder_teacher_{name}": value for name, value in agreement(gold, probabilities).items()}
     count = progress.counts[-1]
     epoch = progress.epoch + 1
-    report.metrics(progress.step, float(epoch), {**scores, "epoch_ratio": count.selected / count.seen})
+    report.metrics(progress.step, float(epoch), {**figures, "epoch_ratio": count.selected / count.seen})
     report.selection(progress.selection())
     report.event(
         "training.epoch",
         f"Epoch {epoch}: {count.selected} of {count.seen} rows selected, validation macro-F1 {scores['validation_macro_f1']:.4f}.",
-        count=asdict(count), scores=scores,
+        count=asdict(count), scores=figures,
     )  # fmt: skip
     score = scores["validation_macro_f1"] + 1e-6 * scores["validation_accuracy"]
     if score > progress.best_score:
         progress.best_score, progress.best_epoch, progress.best_step = score, float(epoch), progress.step
         progress.best_metrics = scores
         run.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def agreement(gold: Tensor, probabilities: Tensor) -> dict[str, float]:
+    """Accuracy and macro-F1 of (N, C) probabilities on (N,) class indices."""
+    predicted = probabilities.argmax(dim=1)
+    return {"accuracy": float(metrics.accuracy(gold, predicted)), "macro_f1": float(metrics.macro_f1(gold, predicted))}
+
+
+def _cross_entropy(gold: Tensor, probabilities: Tensor) -> float | None:
+    """In nats, over the rows of a class the student can name; None when there is none."""
+    named = gold < probabilities.shape[1]
+    if not named.any():
+        return None
+    return float(functional.nll_loss(probabilities[named].clamp_min(1e-12).log(), gold[named]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from app.config import settings
 from app.storage import Storage
-from workers.training.distill import EpochCount, Interval, Ledger, Progress, Run
+from workers.training.run import EpochCount, Interval, Ledger, Progress, Run
 
 
 def key(job_id: str) -> str:
@@ -34,9 +34,12 @@ def save(run: Run, files: Storage, job_id: str) -> None:
         tensors[f"rule/{name}"] = tensor
     for entry in fields(Ledger):
         tensors[f"ledger/{entry.name}"] = torch.from_numpy(getattr(run.ledger, entry.name))
-    for index, state in run.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer/{index}/{name}"] = value
+    tensors.update({f"optimizer/{name}": tensor for name, tensor in _state_of(run.optimizer).items()})
+    for part, companion in run.companions.items():
+        for name, tensor in companion.encoder.model.state_dict().items():
+            tensors[f"{part}_model/{name}"] = tensor
+        for name, tensor in _state_of(companion.optimizer).items():
+            tensors[f"{part}_optimizer/{name}"] = tensor
     tensors["random/torch"] = torch.get_rng_state()
     tensors["random/rule"] = run.generator.get_state()
     if torch.cuda.is_available():
@@ -71,11 +74,12 @@ def restore(run: Run, files: Storage, job_id: str) -> bool:
     run.student.model.load_state_dict(groups["model"])
     run.best_weights = groups.get("best")
     run.rule_state = groups.get("rule", {})
-    run.ledger = Ledger(**{name: tensor.numpy() for name, tensor in groups["ledger"].items()})
+    run.ledger = replace(run.ledger, **{name: tensor.numpy() for name, tensor in groups["ledger"].items()})
     run.progress = _progress(facts["progress"])
-    optimizer = run.optimizer.state_dict()
-    optimizer["state"] = _by_parameter(groups.get("optimizer", {}))
-    run.optimizer.load_state_dict(optimizer)
+    _set_state(run.optimizer, groups.get("optimizer", {}))
+    for part, companion in run.companions.items():
+        companion.encoder.model.load_state_dict(groups[f"{part}_model"])
+        _set_state(companion.optimizer, groups.get(f"{part}_optimizer", {}))
     torch.set_rng_state(groups["random"]["torch"])
     run.generator.set_state(groups["random"]["rule"])
     if "cuda" in groups["random"] and torch.cuda.is_available():
@@ -92,9 +96,15 @@ def _progress(facts: dict[str, Any]) -> Progress:
     return Progress(**{**facts, "counts": counts, "interval": Interval(**facts["interval"])})
 
 
-def _by_parameter(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer remembers, by number of the parameter and name."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{name}": value for index, entries in state.items() for name, value in entries.items()}
+
+
+def _set_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, entry = name.partition("/")
         state.setdefault(int(index), {})[entry] = tensor
-    return state
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,154 @@
+"""What every kind of step is given and answers, and what several of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.options import Method, TaughtByEncoder, TaughtTogether, Training
+from workers.algorithms.distillation import LOSSES
+from workers.algorithms.selection.rule import Selection
+from workers.training.data import Tokens
+from workers.training.run import HeldOut, Measured, Pool, Run
+
+Inputs = dict[str, Tensor]
+"""A model's arguments for a batch."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The S rows that were chosen for one step."""
+
+    rows: NDArray[np.int64]
+    teacher: Tensor
+    """(S, C) distributions over the labels, by the job's teacher."""
+    selection: Selection
+    """Of the whole batch that the rows were chosen from."""
+    rule: Any
+    """What chose them."""
+    step: int
+    """0-based."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a step tells."""
+
+    loss: float
+    """The student's."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """By the name of their series, which shows the mean over the steps between two points."""
+    measured: Measured | None = None
+
+
+Step = Callable[[Run, Pool, Method, Training, Lesson], Learned]
+"""Learn from the rows of one lesson: leaves the models changed, their optimizers advanced and no gradients."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and an encoder teacher that learn together; both in train mode. Both answer `model(**inputs).logits`."""
+
+    student: nn.Module
+    student_optimizer: torch.optim.AdamW
+    teacher: nn.Module
+    teacher_optimizer: torch.optim.AdamW
+
+    @classmethod
+    def of(cls, run: Run) -> Pair:
+        """The two models of a run."""
+        companion = run.companions["teacher"]
+        return cls(run.student.model, run.optimizer, companion.encoder.model, companion.optimizer)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows as both models read them."""
+
+    student: Inputs
+    teacher: Inputs
+    labels: Tensor
+    """(B,) class indices."""
+
+    @classmethod
+    def of(cls, pool: Pool, lesson: Lesson, device: torch.device) -> Batch:
+        """A lesson's rows, with the job teacher's labels."""
+        mine = inputs(pool.tokens, lesson.rows, device)
+        theirs = mine if pool.teacher_tokens is None else inputs(pool.teacher_tokens, lesson.rows, device)
+        return cls(mine, theirs, lesson.teacher.argmax(dim=1).to(device))
+
+
+def inputs(tokens: Tokens, rows: NDArray[np.int64], device: torch.device) -> Inputs:
+    """The model's arguments for these rows, on its device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tokens.batch(rows).items()}
+
+
+def logits_of(model: nn.Module, arguments: Inputs, training: Training) -> Tensor:
+    """(B, C) logits in float32 at least, computed in the precision of the training."""
+    return in_precision(lambda: model(**arguments).logits, next(iter(arguments.values())).device, training)
+
+
+def in_precision(forward: Callable[[], Tensor], device: torch.device, training: Training) -> Tensor:
+    """What `forward` gives under the autocast of the training, in float32 at least."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+        logits = forward()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def student_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, method: TaughtByEncoder) -> Tensor:
+    """α ℓ(T, S) + (1 - α) CE(y, S), mean over the rows; α is `distillation_share`."""
+    distilled = LOSSES[method.distillation_loss](teacher_logits, student_logits, method.temperature).mean()
+    share = method.distillation_share
+    return share * distilled + (1 - share) * functional.cross_entropy(student_logits, labels)
+
+
+def auxiliary_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, method: TaughtTogether) -> Tensor:
+    """λ ℓ(S, T) + (1 - λ) CE(y, T), mean over the rows: the student is the target. λ is `teacher_distillation_share`."""
+    distilled = LOSSES[method.distillation_loss](student_logits, teacher_logits, method.temperature).mean()
+    share = method.teacher_distillation_share
+    return share * distilled + (1 - share) * functional.cross_entropy(teacher_logits, labels)
+
+
+def backward_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, training: Training) -> None:
+    """One step of the optimizer on the loss, its gradient clipped; no gradients are left."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients, and afterwards as before."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(before)
+
+
+def feedback_batch(feedback: HeldOut, size: int, number: int, seed: int, device: torch.device) -> tuple[Inputs, Tensor]:
+    """The `number`-th batch of feedback rows, and their labels: shuffled anew in every round over them.
+
+    A function of its arguments alone, so that nothing of it need be saved. The batch holds at most every row once.
+    """
+    rows = len(feedback.rows)
+    size = min(size, rows)
+    places = np.arange(number * size, (number + 1) * size)
+    orders = {
+        turn: np.random.Generator(np.random.PCG64([seed, turn, 1])).permutation(rows)
+        for turn in range(int(places[0]) // rows, int(places[-1]) // rows + 1)
+    }
+    chosen = np.array([orders[place // rows][place % rows] for place in places.tolist()])
+    labels = torch.from_numpy(feedback.gold[chosen]).to(device)
+    return inputs(feedback.tokens, feedback.rows[chosen], device), labels
