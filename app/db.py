@@ -5,14 +5,30 @@ Only this module commits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TypeVar
 
+import structlog
 from sqlalchemy import Engine, create_engine, func, select
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.config import settings
+
+Result = TypeVar("Result")
+AWAY = (OperationalError, InterfaceError)
+"""What SQLAlchemy raises when PostgreSQL does not answer, or the connection to it broke."""
+PATIENCE_SECONDS = 120.0
+"""How long a worker waits for a database that is away."""
+KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+"""For libpq, in seconds and milliseconds: a peer that has vanished without a word is noticed within half a minute."""
+OPTIONS = "-c timezone=UTC -c idle_in_transaction_session_timeout=60s"
+"""For PostgreSQL. A process that was frozen in the middle of a transaction must not hold a job's row for ever."""
+
+log = structlog.get_logger()
 
 SessionLocal = sessionmaker(expire_on_commit=False)
 
@@ -26,7 +42,7 @@ def engine() -> Engine:
         pool_size=10,
         max_overflow=30,
         hide_parameters=True,  # what statements carry does not stand in errors, and so not in logs
-        connect_args={"connect_timeout": 5, "options": "-c timezone=UTC"},
+        connect_args={"connect_timeout": 5, "options": OPTIONS, **KEEPALIVE},
     )
 
 
@@ -69,3 +85,21 @@ def try_lock(name: str) -> Iterator[bool]:
         finally:
             if held:
                 connection.execute(select(func.pg_advisory_unlock(key)))
+
+
+def patiently(work: Callable[[Session], Result]) -> Result:
+    """What `work` returns, done in a transaction of its own; for workers, whose results are worth waiting for.
+
+    A database that is away is asked again for PATIENCE_SECONDS. When the connection breaks during the commit nobody
+    knows whether it was done, so `work` must do no harm when it is done twice.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            with session_scope() as session:
+                return work(session)
+        except AWAY as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("database_away", error=str(error.orig))
+            time.sleep(1)

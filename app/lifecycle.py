@@ -442,15 +442,25 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
             level="warning", worker=shard.worker, attempt=shard.attempt,
         )  # fmt: skip
     if shard.lost_workers >= settings().max_attempts:
-        reason = f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set cost {shard.lost_workers} workers their life; look at these rows."
         for each in waiting:
-            _fail(session, each, "worker_lost", reason)
+            _fail(session, each, "worker_lost", _suspects(shard))
         return None
     shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
     shard.lease_expires_at = _lease()
     session.flush()
     _take_turn(session, job.tenant, LABEL)
     return shard
+
+
+def _suspects(shard: LabelShard) -> str:
+    start, stop = shard.busy_start, shard.busy_stop
+    if start is None or stop is None:
+        start, stop = shard.start, shard.stop
+    rows = f"Row {start}" if stop == start + 1 else f"Rows {start} to {stop - 1}"
+    return (
+        f"{rows} of the {shard.split} set (dataset {shard.dataset_id}) cost {shard.lost_workers} workers their life, one after "
+        f"the other; GET /datasets/{shard.dataset_id}/rows?after={start - 1}&limit={min(stop - start, 100)} shows them."
+    )
 
 
 def _waiting_for(session: Session, label_set_id: str | None, *, lock: bool = False) -> list[Job]:
@@ -519,6 +529,18 @@ def renew_shard(session: Session, shard: LabelShard) -> None:
         raise LeaseLost
 
 
+def note_rows(session: Session, shard: LabelShard, start: int, stop: int) -> None:
+    """Note that the worker is about to label rows `start` to `stop`: where it is lost, these are the suspects. Raises LeaseLost."""
+    noted = session.execute(
+        update(LabelShard)
+        .where(*_still_held(shard))
+        .values(busy_start=start, busy_stop=stop)
+        .execution_options(synchronize_session=False)
+    )
+    if not noted.rowcount:  # type: ignore[attr-defined]
+        raise LeaseLost
+
+
 def release_shard(session: Session, shard: LabelShard) -> None:
     """Give a shard back unfinished, without counting the attempt as a lost worker."""
     session.execute(
@@ -526,7 +548,7 @@ def release_shard(session: Session, shard: LabelShard) -> None:
         .where(
             *_still_held(shard),
         )
-        .values(status="pending", lease_expires_at=None, worker=None)
+        .values(status="pending", lease_expires_at=None, worker=None, busy_start=None, busy_stop=None)
         .execution_options(synchronize_session=False)
     )
 

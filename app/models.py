@@ -188,6 +188,9 @@ class LabelShard(Base):
     lost_workers: Mapped[int] = mapped_column(Integer, default=0)
     lease_expires_at: Mapped[datetime | None]
     worker: Mapped[str | None] = mapped_column(String(200))
+    busy_start: Mapped[int | None] = mapped_column(BigInteger)
+    """With `busy_stop`: the rows its worker labels just now; of a lost worker, the rows it was lost at."""
+    busy_stop: Mapped[int | None] = mapped_column(BigInteger)
     rows_from_cache: Mapped[int] = mapped_column(BigInteger, default=0)
     rows_failed: Mapped[int] = mapped_column(BigInteger, default=0)
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)

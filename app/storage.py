@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -33,10 +34,14 @@ class Storage:
             raise ValueError(f"not a storage key: {key!r}")
         return f"{self.root}/{key}"
 
-    def put(self, key: str, source: Path) -> None:
-        """Copy a local file to `key`. Atomic: a reader sees the old file, or the new one, or none."""
+    def put(self, key: str, source: Path, *, confirm: Callable[[], object] = lambda: None) -> None:
+        """Copy a local file to `key`. Atomic: a reader sees the old file, or the new one, or none.
+
+        `confirm` is called at the last moment before the file appears; what it raises leaves everything as it was.
+        """
         path = self._path(key)
         if not self.is_local:
+            confirm()
             self.filesystem.put_file(str(source), path)
             return
         target = Path(path)
@@ -47,6 +52,8 @@ class Storage:
                     while chunk := stream.read(COPY_BYTES):
                         partial.write(chunk)
                 partial.flush()
+                os.fsync(partial.fileno())  # else a power cut could leave the name without the bytes
+                confirm()
                 Path(partial.name).replace(target)
             except BaseException:
                 Path(partial.name).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,12 @@ def read_table(files: Storage, dataset: Dataset) -> pa.Table:
 def write_ledger(
     files: Storage, job_id: str, rows: pa.Table, answers: pa.Table, happened: Ledger, labels: Sequence[str],
     offered_rows: NDArray[np.int64], feedback_rows: NDArray[np.int64] | None = None,
+    confirm: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
-    """Store the samples ledger as it stands: one row for each of the N train rows, as app.ledger.SCHEMA."""
+    """Store the samples ledger as it stands: one row for each of the N train rows, as app.ledger.SCHEMA.
+
+    `confirm` as in Storage.put.
+    """
     count = rows.num_rows
     probabilities = answers.column("probabilities").combine_chunks()
     confidence = answers.column("confidence").to_numpy(zero_copy_only=False).astype(np.float32)
@@ -91,7 +95,7 @@ def write_ledger(
     with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
         path = Path(directory) / "samples.parquet"
         pq.write_table(table, path, row_group_size=LEDGER_GROUP_ROWS, compression="zstd")
-        files.put(ledger.key(job_id), path)
+        files.put(ledger.key(job_id), path, confirm=confirm)
 
 
 def write_predictions(

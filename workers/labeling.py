@@ -10,7 +10,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import structlog
+from sqlalchemy.orm import Session
 
 from app import labels, lifecycle, pretrained
 from app.config import settings
-from app.db import session_scope
-from app.errors import Problem
+from app.db import AWAY, patiently, session_scope
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Dataset, Job, LabelSet, LabelShard
 from app.options import JobSpec, Label
 from app.storage import Storage, storage
 from workers.artifacts import read_rows
+from workers.failures import failure_of
 from workers.reporter import Heartbeat
 from workers.teachers import TEACHERS
 from workers.teachers.teacher import Row, Teacher
@@ -35,6 +36,8 @@ from workers.teachers.teacher import Row, Teacher
 log = structlog.get_logger()
 
 CHUNK_ROWS = 128
+SUSPECT_PIECES = 11
+"""Into about so many pieces go the rows at which a worker was lost."""
 
 SCHEMA = pa.schema(
     [
@@ -50,36 +53,41 @@ SCHEMA = pa.schema(
 
 def label_job(job_id: str, worker: str, stopping: threading.Event, *, seconds: float = math.inf) -> int:
     """Claim and label shards of the job until there is none left for this worker, or the time is up. How many."""
+
+    def claim(session: Session) -> tuple[Job, LabelSet, Dataset, LabelShard] | None:
+        shard = lifecycle.claim_shard(session, job_id, worker)
+        if shard is None:
+            return None
+        label_set = session.get_one(LabelSet, shard.label_set_id)
+        return session.get_one(Job, job_id), label_set, session.get_one(Dataset, shard.dataset_id), shard
+
     shards = 0
     began = time.monotonic()
     while not stopping.is_set() and (shards == 0 or time.monotonic() < began + seconds):
-        with session_scope() as session:
-            shard = lifecycle.claim_shard(session, job_id, worker)
-            if shard is None:
-                return shards
-            shards += 1
-            job = session.get_one(Job, job_id)
-            label_set = session.get_one(LabelSet, shard.label_set_id)
-            dataset = session.get_one(Dataset, shard.dataset_id)
+        claimed = patiently(claim)
+        if claimed is None:
+            return shards
+        shards += 1
+        shard = claimed[-1]
         try:
-            label_shard(job, label_set, dataset, shard, stopping)
+            label_shard(*claimed, stopping)
         except LeaseLost:
             log.info("shard_lost", job_id=job_id, shard=shard.index)
             return shards
-        except WorkFailed as failure:
-            with session_scope() as session:
-                lifecycle.fail_shard(session, shard, failure.code, failure.message)
-            return shards
-        except Problem as problem:  # a model that this worker lacks
-            with session_scope() as session:
-                lifecycle.fail_shard(session, shard, problem.code, problem.detail)
+        except AWAY as error:  # nothing can be recorded: the lease runs out, and another labels the shard
+            log.error("database_stayed_away", job_id=job_id, shard=shard.index, error=str(error))
             return shards
         except Exception as error:
-            log.exception("labeling_failed", job_id=job_id, shard=shard.index)
-            with session_scope() as session:
-                lifecycle.fail_shard(session, shard, "labeling_failed", f"{type(error).__name__}: {error}")
+            failure = failure_of(error, "labeling_failed")
+            if not isinstance(error, WorkFailed):
+                log.error("labeling_failed", job_id=job_id, shard=shard.index, code=failure.code, exc_info=error)
+            _fail_shard(shard, failure)
             return shards
     return shards
+
+
+def _fail_shard(shard: LabelShard, failure: WorkFailed) -> None:
+    patiently(lambda session: lifecycle.fail_shard(session, shard, failure.code, failure.message))
 
 
 def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelShard, stopping: threading.Event) -> None:
@@ -93,24 +101,50 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
             lifecycle.renew_shard(session, shard)
         return None
 
+    def note(start: int, stop: int) -> None:
+        patiently(lambda session: lifecycle.note_rows(session, shard, shard.start + start, shard.start + stop))
+
     with Heartbeat(renew) as heartbeat:
         rows = read_rows(storage(), dataset, shard.start, shard.stop)
         began = time.perf_counter()
         answers = _Answers(job.tenant, label_set.fingerprint, len(names), teacher)
-        for start in range(0, len(rows), CHUNK_ROWS):
-            if heartbeat.lost.is_set():
-                raise LeaseLost
+        for start, stop in _pieces(shard):
+            heartbeat.check()
             if stopping.is_set():
-                with session_scope() as session:
-                    lifecycle.release_shard(session, shard)
+                patiently(lambda session: lifecycle.release_shard(session, shard))
                 raise LeaseLost
-            answers.add(rows[start : start + CHUNK_ROWS])
+            note(start, stop)
+            answers.add(rows[start:stop])
         seconds = time.perf_counter() - began
+        heartbeat.check()
         _store(storage(), shard, answers.table(shard.start))
-        with session_scope() as session:
+
+        def finish(session: Session) -> None:
             lifecycle.finish_shard(session, shard, {**answers.figures(), "seconds": round(seconds, 4)})
             known = session.get_one(LabelSet, label_set.id, with_for_update=True)
             known.confidence_method, known.report = teacher.confidence_method, teacher.report()
+
+        patiently(finish)
+
+
+def _pieces(shard: LabelShard) -> Iterator[tuple[int, int]]:
+    """(start, stop) of what is labeled at a time, counted from the shard's first row.
+
+    The rows at which the worker before this one was lost come in small pieces: either their number was the matter, or
+    the next loss tells more exactly which row it is. CHUNK_ROWS rows are narrowed down to one by two more losses.
+    """
+    count = shard.stop - shard.start
+    suspect = range(0)
+    if shard.busy_start is not None and shard.busy_stop is not None:
+        suspect = range(shard.busy_start - shard.start, shard.busy_stop - shard.start)
+    start = 0
+    while start < count:
+        if start in suspect:
+            stop = min(start + max(1, len(suspect) // SUSPECT_PIECES), suspect.stop)
+        else:
+            stop = min(start + CHUNK_ROWS, count, suspect.start if start < suspect.start else count)
+        yield start, stop
+        start = stop
 
 
 _loaded: tuple[str, Teacher] | None = None
@@ -152,8 +186,7 @@ class _Answers:
                 self._append(None if error else labeled.probabilities[position], "dataset", 0, error)
             return
         hashes = [labels.text_hash(row.text, row.text_pair) for row in rows]
-        with session_scope() as session:
-            known = labels.look_up(session, self.tenant, self.fingerprint, hashes)
+        known = patiently(lambda session: labels.look_up(session, self.tenant, self.fingerprint, hashes))
         missing = {key: row for key, row in zip(hashes, rows, strict=True) if key not in known}
         asked: dict[bytes, tuple[np.ndarray, int]] = {}
         errors: dict[bytes, str] = {}
@@ -164,8 +197,7 @@ class _Answers:
                     errors[key] = labeled.errors[position]
                 else:
                     asked[key] = (labeled.probabilities[position], int(labeled.tokens[position]))
-            with session_scope() as session:
-                labels.remember(session, self.tenant, self.fingerprint, asked)
+            patiently(lambda session: labels.remember(session, self.tenant, self.fingerprint, asked))
         paid: set[bytes] = set()
         for key in hashes:
             if key in errors:

@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from sqlalchemy.orm import Session
 
 from app import labels as label_cache
 from app import lifecycle, pretrained
 from app.config import settings
-from app.db import session_scope
+from app.db import patiently
 from app.lifecycle import WorkFailed
-from app.models import Dataset, Job, LabelSet
+from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
 from app.options import JobSpec, TaughtByEncoder, TaughtByInfluence
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
@@ -131,15 +132,19 @@ def run_job(job: Job, report: Reporter) -> None:
     if resume.restore(run, files, job.id):
         report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
 
+    def save(run: Run) -> None:
+        resume.save(run, files, job.id, report.confirm)
+        report.saved()
+
     def write_ledger(run: Run) -> None:
         artifacts.write_ledger(
             files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool_rows,
-            splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None,
+            splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None, report.confirm,
         )  # fmt: skip
 
     distill(
         run, pool, held_out, material.labels, material.spec.method, material.spec.training, report,
-        save=lambda run: resume.save(run, files, job.id),
+        save=save,
         save_every_seconds=settings().resume_every_seconds,
         on_epoch=write_ledger,
     )  # fmt: skip
@@ -147,18 +152,21 @@ def run_job(job: Job, report: Reporter) -> None:
     try:
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
     except Stopped:
-        resume.save(run, files, job.id)
+        save(run)
         raise
     _publish(job, files, material, run, evaluation, report)
 
 
 def gather(job: Job, files: Storage) -> Material:
     """Read the datasets and the teacher's answers."""
-    with session_scope() as session:
+    ids = {"train": job.dataset_id, "validation": job.validation_dataset_id, "test": job.test_dataset_id}
+
+    def look(session: Session) -> tuple[LabelSet, list[LabelShard], dict[str, Dataset]]:
         label_set = session.get_one(LabelSet, job.label_set_id)
-        shards = list(label_set.shards)
-        ids = {"train": job.dataset_id, "validation": job.validation_dataset_id, "test": job.test_dataset_id}
         datasets = {split: session.get_one(Dataset, id) for split, id in ids.items() if id is not None}
+        return label_set, list(label_set.shards), datasets
+
+    label_set, shards, datasets = patiently(look)
     names = [label["name"] for label in label_set.labels]
     scored = {shard.split for shard in shards}
     return Material(
@@ -342,15 +350,20 @@ def _publish(
         report.metrics(run.progress.step, float(run.progress.epoch), {"gpu_memory_bytes": peak})
     report.progress(1)
     report.flush()
+
+    def end(session: Session) -> None:
+        # Asked again after a commit of which nobody knows whether it was done.
+        if session.get(Checkpoint, checkpoint.id) is not None:
+            return
+        held = lifecycle.held(session, job.id, report.attempt)
+        session.merge(checkpoint)
+        held.evaluation, held.best_checkpoint_id = evaluation, checkpoint.id
+        lifecycle.advance_phase(session, held.id, "packaging", 1, finished=True)
+        lifecycle.emit(session, held.id, "checkpoint.published", "The checkpoint can be downloaded.", metrics=metrics)
+        lifecycle.finish(session, held)
+
     try:
-        with report.write() as (session, held):
-            session.add(checkpoint)
-            held.evaluation, held.best_checkpoint_id = evaluation, checkpoint.id
-            lifecycle.advance_phase(session, held.id, "packaging", 1, finished=True)
-            lifecycle.emit(
-                session, held.id, "checkpoint.published", "The checkpoint can be downloaded.", metrics=metrics
-            )
-            lifecycle.finish(session, held)
+        patiently(end)
     except lifecycle.LeaseLost:
         files.delete(checkpoint.key)
         raise

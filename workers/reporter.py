@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import lifecycle
 from app.config import settings
-from app.db import session_scope
+from app.db import AWAY, PATIENCE_SECONDS, patiently
 from app.lifecycle import LeaseLost
 from app.models import PHASES, Job, JobPhase
 
@@ -26,8 +25,6 @@ log = structlog.get_logger()
 
 RENEW_SECONDS = 2.0
 FLUSH_SECONDS = 2.0
-PATIENCE_SECONDS = 120.0
-"""How long a write waits for a database that is away."""
 
 
 class Stopped(Exception):
@@ -82,16 +79,44 @@ class Heartbeat:
         self.renew = renew
         self.status = "running"
         self.lost = threading.Event()
+        self._good_until = time.monotonic() + settings().lease_seconds
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def confirm(self) -> None:
+        """Renew now. Raises LeaseLost when the work is another's."""
+        began = time.monotonic()
+        try:
+            self.status = self.renew() or "running"
+        except LeaseLost:
+            self.lost.set()
+            raise
+        self._good_until = began + settings().lease_seconds
+
+    def check(self) -> None:
+        """Raises LeaseLost when the work is another's.
+
+        A lease that has run out unrenewed, because the process was frozen or the database is away, may be another's
+        already: it is renewed, or found lost, before the work goes on by a single step.
+        """
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() > self._good_until and not self.lost.is_set():
+            try:
+                self.confirm()
+            except AWAY as error:
+                if time.monotonic() > deadline:
+                    raise LeaseLost from None
+                log.warning("lease_not_renewed", error=str(error))
+                time.sleep(1)
+        if self.lost.is_set():
+            raise LeaseLost
 
     def _beat(self) -> None:
         interval = min(RENEW_SECONDS, settings().lease_seconds / 3)
         while not self._ended.wait(interval):
             try:
-                self.status = self.renew() or "running"
+                self.confirm()
             except LeaseLost:
-                self.lost.set()
                 return
             except SQLAlchemyError as error:
                 log.warning("lease_not_renewed", error=str(error))
@@ -116,12 +141,6 @@ class Reporter:
         self._points: list[tuple[int, float, dict[str, float | None]]] = []
         self._selection: dict[str, Any] | None = None
         self._flushed_at = time.monotonic()
-
-    @contextmanager
-    def write(self) -> Iterator[tuple[Session, Job]]:
-        """A transaction with the job's row locked. Raises LeaseLost."""
-        with session_scope() as session:
-            yield session, lifecycle.held(session, self.job_id, self.attempt)
 
     def phase(self, name: str, total: int) -> None:
         """Enter a phase that will do `total` rows."""
@@ -187,21 +206,18 @@ class Reporter:
 
     def _patiently(self, write: Callable[[Session, Job], None]) -> None:
         """Do a write; a database that is away for a while is waited for, as the computed work is worth more."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                with self.write() as (session, job):
-                    write(session, job)
-                return
-            except OperationalError as error:
-                if time.monotonic() > deadline:
-                    raise
-                log.warning("database_away", error=str(error.orig))
-                time.sleep(1)
+        patiently(lambda session: write(session, lifecycle.held(session, self.job_id, self.attempt)))
+
+    def confirm(self) -> None:
+        """To be asked before a file appears under a name that a later attempt uses too. Raises LeaseLost."""
+        self._patiently(lambda session, job: None)
+
+    def saved(self) -> None:
+        """The state is saved: workers that were lost before got the job this far, and no longer count against it."""
+        self._patiently(lambda session, job: setattr(job, "lost_workers", 0))
 
     def check(self) -> None:
         """Go on? Raises LeaseLost when the job is another's now, Stopped when the work should end."""
-        if self._heartbeat.lost.is_set():
-            raise LeaseLost
+        self._heartbeat.check()
         if self._heartbeat.status in ("pausing", "cancelling") or self._stopping.is_set():
             raise Stopped(self._heartbeat.status)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
+from sqlalchemy.orm import Session
 
 from app import lifecycle, queue
 from app.config import settings
-from app.db import session_scope
-from app.errors import Problem
+from app.db import AWAY, patiently, session_scope
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Job
 from workers.celery_app import celery, stopping, worker_name
+from workers.failures import failure_of
 from workers.reporter import Heartbeat, Reporter, Stopped
 
 log = structlog.get_logger()
@@ -65,10 +67,14 @@ def _in_turn(task: str, named: str | None = None) -> list[str]:
 @contextmanager
 def claimed(job_id: str) -> Iterator[tuple[Job, Reporter] | None]:
     """Hold the job for the block, and record how it ended; None when there is nothing to hold."""
-    with session_scope() as session:
+
+    def claim(session: Session) -> Job | None:
         job = lifecycle.claim(session, job_id, worker_name())
         if job is not None:
             session.expunge(job)
+        return job
+
+    job = patiently(claim)
     if job is None:
         yield None
         return
@@ -81,32 +87,26 @@ def claimed(job_id: str) -> Iterator[tuple[Job, Reporter] | None]:
     with Heartbeat(renew) as heartbeat:
         try:
             yield job, Reporter(job_id, attempt, heartbeat, stopping)
-        except LeaseLost:
-            log.info("lease_lost", attempt=attempt)
-        except Stopped:
-            with session_scope() as session:
-                lifecycle.stop(session, lifecycle.held(session, job_id, attempt))
-        except WorkFailed as failure:
-            with session_scope() as session:
-                lifecycle.fail(session, job_id, failure.code, failure.message, attempt=attempt)
-        except Problem as problem:  # a model that this worker lacks
-            with session_scope() as session:
-                lifecycle.fail(session, job_id, problem.code, problem.detail, attempt=attempt)
-        except MemoryError as error:
-            _fail_of_memory(job_id, attempt, error)
         except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":
-                _fail_of_memory(job_id, attempt, error)
-                return
-            log.exception("training_failed", attempt=attempt)
-            with session_scope() as session:
-                lifecycle.fail(session, job_id, "internal_error", f"{type(error).__name__}: {error}", attempt=attempt)
+            try:
+                _record_end(job_id, attempt, error)
+            except LeaseLost:
+                log.info("lease_lost", attempt=attempt)
 
 
-def _fail_of_memory(job_id: str, attempt: int, error: BaseException) -> None:
-    log.error("out_of_memory", attempt=attempt, error=str(error))
-    message = (
-        "The worker ran out of memory; use a smaller training.batch_size or student.max_length, or a smaller student."
-    )
-    with session_scope() as session:
-        lifecycle.fail(session, job_id, "out_of_memory", message, attempt=attempt)
+def _record_end(job_id: str, attempt: int, error: Exception) -> None:
+    """Let the job stop, or fail with a reason, for what ended its work. Raises LeaseLost when that is another's now."""
+    if isinstance(error, LeaseLost):
+        raise error
+    if isinstance(error, Stopped):
+        patiently(lambda session: lifecycle.stop(session, lifecycle.held(session, job_id, attempt)))
+        return
+    if isinstance(error, AWAY):
+        log.error("database_stayed_away", attempt=attempt, error=str(error))
+        raise LeaseLost  # nothing can be recorded: the lease runs out, and the sweep brings the job back
+    failure = failure_of(error, "internal_error")
+    # The frames hold the student and its batch, and memory may be what is lacking.
+    traceback.clear_frames(error.__traceback__)
+    if not isinstance(error, WorkFailed):
+        log.error("training_failed", attempt=attempt, code=failure.code, exc_info=error)
+    patiently(lambda session: lifecycle.fail(session, job_id, failure.code, failure.message, attempt=attempt))

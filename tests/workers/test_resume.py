@@ -338,4 +338,38 @@ def test_a_job_whose_worker_died_goes_on_from_its_last_saved_step_and_ends_the_s
     tasks.train(job_id)
     assert outcome(job_id) == outcome(undisturbed)
     assert [event.data["step"] for event in events(job_id, "training.resumed")] == [5]
-    assert job_of(job_id).lost_workers == 1
+    lost = [event.data["attempt"] for event in events(job_id, "worker.lost")]
+    assert (lost, job_of(job_id).lost_workers) == ([1], 0), "a loss no longer counts once the state was saved after it"
+
+
+def test_a_job_that_gets_on_between_its_losses_never_fails_of_them_and_one_that_does_not_fails(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(report: Reporter) -> None:
+        raise Killed
+
+    def lose_a_worker(job_id: str) -> None:
+        with monkeypatch.context() as patch:
+            interrupt(patch, 6, die)
+            with pytest.raises(Killed):
+                tasks.train(job_id)
+        expire_leases()
+
+    monkeypatch.setattr(settings(), "max_attempts", 2)
+    stuck = labeled(spec)
+    lose_a_worker(stuck)
+    lose_a_worker(stuck)
+    tasks.train(stuck)
+    job = job_of(stuck)
+    assert (job.status, (job.error or {})["code"]) == ("failed", "worker_lost")
+
+    monkeypatch.setattr(settings(), "resume_every_seconds", 1e-9)
+    slow = labeled(spec)
+    for _ in range(4):
+        lose_a_worker(slow)
+    tasks.train(slow)
+    assert job_of(slow).status == "succeeded"
+    assert len(events(slow, "worker.lost")) == 4

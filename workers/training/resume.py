@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ def key(job_id: str) -> str:
     return f"jobs/{job_id}/resume/state.safetensors"
 
 
-def save(run: Run, files: Storage, job_id: str) -> None:
-    """Store everything the run would need to go on from here."""
+def save(run: Run, files: Storage, job_id: str, confirm: Callable[[], object] = lambda: None) -> None:
+    """Store everything the run would need to go on from here. `confirm` as in Storage.put."""
     tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in run.student.model.state_dict().items()}
     for name, tensor in (run.best_weights or {}).items():
         tensors[f"best/{name}"] = tensor
@@ -58,7 +59,7 @@ def save(run: Run, files: Storage, job_id: str) -> None:
             path,
             {"facts": json.dumps(facts)},
         )
-        files.put(key(job_id), path)
+        files.put(key(job_id), path, confirm=confirm)
 
 
 def restore(run: Run, files: Storage, job_id: str) -> bool:
