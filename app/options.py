@@ -116,6 +116,22 @@ class LLMTeacher(Options):
         return self.verbalised.get(name, name.strip())
 
 
+class CausalLMTeacher(LLMTeacher):
+    """A decoder-only language model that runs on the workers: the probability of every label as the prompt's continuation."""
+
+    kind: Literal["causal_lm"]
+    model: Annotated[Text, Field(min_length=1, max_length=300)]
+    """A causal language model: a directory under a model root, or a hub name."""
+    chat: Literal["auto", "never"] = "auto"
+    """`auto`: with the model's chat template where it has one. `never`: always as plain text."""
+    max_length: Annotated[int, Field(ge=8, le=32_768)] = 512
+    """Tokens read of a text, or of both texts of a pair together; the prompt comes on top."""
+    prior_correction: bool = False
+    """Divide by what the model answers to a text that says nothing (contextual calibration, arXiv:2102.09690)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    """`auto`: fp32 on a CPU, bf16 on a GPU, fp16 on one without bf16. `int8`, `int4`: with bitsandbytes, on a GPU."""
+
+
 class DatasetTeacher(Options):
     """The dataset's own labels: a label, a label with a confidence, or the whole distribution of each row."""
 
@@ -124,7 +140,7 @@ class DatasetTeacher(Options):
     """The confidence of a row that has a label and nothing else; the rest is spread evenly over the other labels."""
 
 
-Teacher = Annotated[EmbeddingTeacher | DatasetTeacher, Field(discriminator="kind")]
+Teacher = Annotated[EmbeddingTeacher | DatasetTeacher | CausalLMTeacher, Field(discriminator="kind")]
 
 
 # --- student --------------------------------------------------------------------------------------------------------

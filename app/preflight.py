@@ -244,7 +244,7 @@ def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | No
         encoders["/method/teacher/model"] = spec.method.teacher
         wanted.append(("/method/teacher/model", spec.method.teacher.model, "student"))
     if (model := getattr(spec.teacher, "model", None)) is not None:
-        wanted.append(("/teacher/model", model, "encoder_teacher"))
+        wanted.append(("/teacher/model", model, pretrained.teacher_purpose(spec.teacher.kind)))
     for pointer, name, purpose in wanted:
         try:
             source = pretrained.resolve(name, purpose=purpose, roots=settings.model_roots, allow_hub=settings.allow_hub)

@@ -28,6 +28,10 @@ STUDENT_MODEL_TYPES = ("roberta", "bert")
 Purpose = Literal["student", "encoder_teacher", "causal_lm"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
+"""Configuration, tokenizer and chat template."""
+_DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _BYTES_PER_TENSOR = 4096
 
 
@@ -35,6 +39,11 @@ class ModelUnresolvable(InvalidSpec):
     """The model cannot be loaded here."""
 
     code = "model_unresolvable"
+
+
+def teacher_purpose(kind: str) -> Purpose:
+    """What a teacher of this kind needs its model for."""
+    return "causal_lm" if kind == "causal_lm" else "encoder_teacher"
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,8 @@ def _checked_folder(name: str, folder: Path, purpose: Purpose) -> dict[str, Any]
             )
     config = _read_json(name, folder / "config.json")
     _check_config(name, config, purpose)
+    if purpose == "causal_lm" and not any((folder / file).is_file() for file in _TOKENIZERS):
+        raise ModelUnresolvable(f"{name!r} has no tokenizer; save it into the same directory with save_pretrained().")
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and "auto_map" in _read_json(name, tokenizer):
         raise ModelUnresolvable(f"The tokenizer of {name!r} needs code of its own (auto_map), which is never run.")
@@ -129,9 +140,8 @@ def _check_config(name: str, config: dict[str, Any], purpose: Purpose) -> None:
     if purpose == "student" and config.get("position_embedding_type", "absolute") != "absolute":
         raise ModelUnresolvable(f"{name!r} has relative positions; a student must have absolute ones.")
     architectures = config.get("architectures") or []
-    if purpose == "causal_lm" and not any(
-        str(entry).endswith(("ForCausalLM", "ForConditionalGeneration")) for entry in architectures
-    ):
+    decodes = any(str(entry).endswith(_DECODERS) for entry in architectures)
+    if purpose == "causal_lm" and (not decodes or config.get("is_encoder_decoder")):
         raise ModelUnresolvable(f"{name!r} is no causal language model (architectures: {architectures}).")
 
 
@@ -172,7 +182,7 @@ def _content_hash(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for part in _parts(folder):
-        texts = sorted(path for pattern in ("*.json", "*.txt") for path in part.glob(pattern))
+        texts = sorted(path for pattern in _TEXTS for path in part.glob(pattern))
         for path in texts:
             digest.update(_entry(folder, path, [path.read_bytes()]))
         for path in sorted(part.glob("*.safetensors")):

@@ -8,7 +8,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ["benchmarks.epoch_cost", "benchmarks.upload_memory", "benchmarks.lgtm_step --small"]
+BENCHMARKS = [
+    "benchmarks.epoch_cost",
+    "benchmarks.labeling",
+    "benchmarks.upload_memory",
+    "benchmarks.lgtm_step --small",
+]
 
 
 def main() -> None:

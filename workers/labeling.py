@@ -159,7 +159,10 @@ def teacher_for(spec: JobSpec, names: list[Label], fingerprint: str) -> Teacher:
     source = None
     if (model := getattr(spec.teacher, "model", None)) is not None:
         source = pretrained.resolve(
-            model, purpose="encoder_teacher", roots=settings().model_roots, allow_hub=settings().allow_hub
+            model,
+            purpose=pretrained.teacher_purpose(spec.teacher.kind),
+            roots=settings().model_roots,
+            allow_hub=settings().allow_hub,
         )
     teacher: Teacher = TEACHERS[spec.teacher.kind](spec.teacher, names, source)
     _loaded = (fingerprint, teacher)

@@ -93,10 +93,17 @@ def test_a_damaged_config_is_named(tmp_path: Path, config: str) -> None:
 def test_a_model_is_refused_for_a_purpose_it_cannot_serve(tmp_path: Path) -> None:
     write_model(tmp_path / "llama", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     write_model(tmp_path / "encoder")
+    write_model(
+        tmp_path / "bart",
+        {"model_type": "bart", "architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True},
+    )
     with pytest.raises(ModelUnresolvable, match="of type 'llama'"):
         student("llama", tmp_path)
+    with pytest.raises(ModelUnresolvable, match="has no tokenizer"):
+        resolve("llama", purpose="causal_lm", roots=[tmp_path], allow_hub=False)
+    (tmp_path / "llama/tokenizer.json").write_text("{}")
     assert resolve("llama", purpose="causal_lm", roots=[tmp_path], allow_hub=False).kind == "directory"
-    for name in ("encoder", pretrained.BUNDLED, "scratch"):
+    for name in ("encoder", "bart", pretrained.BUNDLED, "scratch"):
         with pytest.raises(ModelUnresolvable):
             resolve(name, purpose="causal_lm", roots=[tmp_path], allow_hub=False)
     with pytest.raises(ModelUnresolvable, match="must be pretrained"):

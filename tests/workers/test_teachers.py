@@ -12,7 +12,8 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from app import pretrained
-from app.options import DatasetTeacher, EmbeddingTeacher, Example, Label
+from app.options import CausalLMTeacher, DatasetTeacher, EmbeddingTeacher, Example, Label
+from tests.llms import tiny_llama
 from workers.teachers import TEACHERS, Row, Teacher, linear_head
 from workers.teachers.embedding import Encoder, pair_features
 from workers.teachers.linear_head import View
@@ -50,20 +51,42 @@ def bundled() -> pretrained.Source:
 
 
 @pytest.fixture(scope="session")
-def teachers(bundled: pretrained.Source) -> dict[str, Teacher]:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> pretrained.Source:
+    root = tmp_path_factory.mktemp("models")
+    tiny_llama(root / "llama", chat=True)
+    return pretrained.resolve("llama", purpose="causal_lm", roots=[root], allow_hub=False)
+
+
+@pytest.fixture(scope="session")
+def teachers(bundled: pretrained.Source, llama: pretrained.Source) -> dict[str, Teacher]:
     options = {
+        "causal_lm": CausalLMTeacher(kind="causal_lm", model="llama"),
+        "causal_lm, examples": CausalLMTeacher(
+            kind="causal_lm", model="llama", examples=EXAMPLES, prior_correction=True
+        ),
         "dataset": DatasetTeacher(kind="dataset", default_confidence=0.8),
         "embedding": EmbeddingTeacher(kind="embedding"),
         "embedding, examples": EmbeddingTeacher(kind="embedding", examples=EXAMPLES),
         "embedding, pairs": EmbeddingTeacher(kind="embedding", examples=PAIRS),
         "embedding, one example a label": EmbeddingTeacher(kind="embedding", examples=EXAMPLES[::3]),
     }
-    return {name: TEACHERS[name.split(",")[0]](option, LABELS, bundled) for name, option in options.items()}
+    return {
+        name: TEACHERS[option.kind](option, LABELS, llama if option.kind == "causal_lm" else bundled)
+        for name, option in options.items()
+    }
 
 
 EVERY_KIND = pytest.mark.parametrize(
     "name",
-    ["dataset", "embedding", "embedding, examples", "embedding, pairs", "embedding, one example a label"],
+    [
+        "causal_lm",
+        "causal_lm, examples",
+        "dataset",
+        "embedding",
+        "embedding, examples",
+        "embedding, pairs",
+        "embedding, one example a label",
+    ],
 )
 
 

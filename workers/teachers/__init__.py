@@ -1,9 +1,14 @@
 """The teachers by the kind that a job spec names."""
 
+from workers.teachers.causal_lm import CausalLMTeacher
 from workers.teachers.dataset import DatasetTeacher
 from workers.teachers.embedding import EmbeddingTeacher
 from workers.teachers.teacher import Labeled, Row, Teacher
 
-TEACHERS: dict[str, type[Teacher]] = {"dataset": DatasetTeacher, "embedding": EmbeddingTeacher}
+TEACHERS: dict[str, type[Teacher]] = {
+    "causal_lm": CausalLMTeacher,
+    "dataset": DatasetTeacher,
+    "embedding": EmbeddingTeacher,
+}
 
 __all__ = ["TEACHERS", "Labeled", "Row", "Teacher"]

@@ -1,0 +1,187 @@
+"""Rows a second of the causal_lm teacher beside the ways that are at hand, on one model in one run.
+
+    python -m benchmarks.labeling [--rows 48] [--rounds 3] [--layers 6] [--width 512]
+
+A LLaMA of that size with random weights labels the same rows in turn by
+  * the text-generation pipeline of transformers: the whole prompt, then as many tokens as the longest label has;
+  * a plain loop: one forward pass of prompt and label for every row and label;
+  * ours: the prompt read once, rows and label tree in one pass;
+  * the floor: one forward pass of the texts alone, without prompt, labels or scores: nothing that reads a text can be faster.
+Medians of alternating rounds. The slow ways get fewer rows. The prompt is filled with examples up to --prompt tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers.utils import logging
+
+from app import pretrained
+from app.options import CausalLMTeacher as CausalLMOptions
+from app.options import Example, Label
+from benchmarks.data import SHARED, read_split
+from workers.teachers.causal_lm import CausalLMTeacher, plain_scores
+from workers.teachers.prompts import build_prompt
+from workers.teachers.teacher import Row
+
+# Texts of 48 tokens, 14 labels; then short texts with the fewest and the most labels.
+WITH_EVERY_WAY = "dbpedia14-sample"
+LABELS = 10
+MORE = ["emotion", "banking77", "clinc150"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--prompt", type=int, default=500, help="tokens of the prompt before the row")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    if not (SHARED / WITH_EVERY_WAY).is_dir():
+        print(f"labeling: skipped, the data set {WITH_EVERY_WAY} is not at {SHARED}")
+        return
+    torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as directory:
+        save_model(Path(directory) / "llama", arguments.layers, arguments.width)
+        source = pretrained.resolve("llama", purpose="causal_lm", roots=[Path(directory)], allow_hub=False)
+        print(
+            f"LLaMA, {arguments.layers} layers of width {arguments.width}, random weights; "
+            f"{arguments.threads} thread(s), medians of {arguments.rounds} rounds"
+        )
+        for number, name in enumerate([WITH_EVERY_WAY, *MORE]):
+            compare(name, source, arguments, every_way=number == 0)
+
+
+def compare(name: str, source: pretrained.Source, arguments: argparse.Namespace, *, every_way: bool) -> None:
+    """Print the table of one data set."""
+    train = read_split(name, "train", 2000)
+    names = sorted({row["label"] for row in read_split(name, "test", 100_000)})[: LABELS if every_way else None]
+    labels = [Label(name=label) for label in names]
+    teacher, shown = make_teacher(source, labels, [row for row in train if row["label"] in names], arguments.prompt)
+    rows = [Row(row["text"]) for row in read_split(name, "test", arguments.rows)]
+    reader = teacher._prompts[0]
+    encoded = reader.tokens.encode([(row.text, None) for row in rows]).rows
+    prompts = [[*reader.tokens.prefix[:shared], *own] for shared, own in encoded]
+    texts = teacher.tokenizer([row.text for row in rows], add_special_tokens=False)["input_ids"]
+    texts = [ids[: teacher._options.max_length] for ids in texts]
+
+    ways: dict[str, tuple[int, Callable[[int], object]]] = {
+        "floor: the texts alone": (len(rows), lambda count: read_texts(teacher, texts[:count])),
+        "ours": (len(rows), lambda count: teacher.label(rows[:count])),
+    }
+    if every_way:
+        generate = pipeline("text-generation", model=teacher.model, tokenizer=teacher.tokenizer)
+        prompt = build_prompt(teacher._options, labels, shown)
+        longest = max(len(label) for label in reader.labels)
+        ways["text-generation pipeline"] = (
+            min(16, len(rows)),
+            lambda count: generate(
+                [prompt.text(row) for row in rows[:count]],
+                max_new_tokens=longest, do_sample=False, batch_size=8, return_full_text=False,
+            ),
+        )  # fmt: skip
+        ways["plain loop over the labels"] = (
+            2,
+            lambda count: plain_scores(teacher.model, prompts[:count], reader.labels),
+        )
+        difference = agreement(teacher, prompts[:2], rows[:2])
+    rates = measure(ways, arguments.rounds)
+    print(
+        f"\n{name}: {len(labels)} labels, {len(reader.tree.tokens)} inner tree nodes, prompt of {len(reader.tokens.prefix)} "
+        f"tokens, texts of {statistics.median(map(len, texts)):.0f} tokens"
+    )
+    print("\n| way | rows/s | ours is faster by | time / floor |")
+    print("|---|---|---|---|")
+    for way, rate in sorted(rates.items(), key=lambda entry: entry[1]):
+        print(f"| {way} | {rate:.2f} | {rates['ours'] / rate:.2f} | {rates['floor: the texts alone'] / rate:.2f} |")
+    if every_way:
+        print(f"\nLargest difference of a probability to the plain loop: {difference:.1e}")
+
+
+def measure(ways: dict[str, tuple[int, Callable[[int], object]]], rounds: int) -> dict[str, float]:
+    """Rows a second of each way, the median over rounds in which they take turns."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _, work in ways.values():
+        work(1)
+    for _ in range(rounds):
+        for way, (count, work) in ways.items():
+            began = time.perf_counter()
+            work(count)
+            seconds[way].append((time.perf_counter() - began) / count)
+    return {way: 1 / statistics.median(each) for way, each in seconds.items()}
+
+
+@torch.inference_mode()
+def read_texts(teacher: CausalLMTeacher, texts: list[list[int]]) -> None:
+    """One forward pass of the texts alone, sorted by length, in batches of the same number of tokens as the teacher's."""
+    ordered = sorted(texts, key=len)
+    while ordered:
+        count = max(1, teacher._tokens_per_batch // len(ordered[min(len(ordered) - 1, 15)]))
+        batch, ordered = ordered[:count], ordered[count:]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(text)) + text for text in batch])
+        mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in batch])
+        teacher.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+
+
+def agreement(teacher: CausalLMTeacher, prompts: list[list[int]], rows: list[Row]) -> float:
+    """The largest difference of a probability between the plain loop and ours."""
+    scores = plain_scores(teacher.model, prompts, teacher._prompts[0].labels)
+    return float(np.abs(scores.softmax(dim=1).numpy() - teacher.label(rows).probabilities).max())
+
+
+def make_teacher(
+    source: pretrained.Source, labels: list[Label], train: list[dict[str, str]], tokens: int
+) -> tuple[CausalLMTeacher, list[Example]]:
+    """The teacher whose prompt has about that many tokens, and its examples."""
+    shown: list[Example] = []
+    while True:
+        options = CausalLMOptions(kind="causal_lm", model="llama", examples=shown, max_length=48)
+        teacher = CausalLMTeacher(options, labels, source)
+        missing = tokens - len(teacher._prompts[0].tokens.prefix)
+        if missing < 10 or len(shown) == 100:
+            return teacher, shown
+        more = max(1, missing // 60)
+        shown = [
+            Example(text=" ".join(row["text"].split()[:32]), label=row["label"]) for row in train[: len(shown) + more]
+        ]
+
+
+def save_model(directory: Path, layers: int, width: int) -> None:
+    """A LLaMA with random weights and a tokenizer trained on the rows of the data sets."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=16_000, special_tokens=["<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    rows = [row for name in [WITH_EVERY_WAY, *MORE] for row in read_split(name, "train", 2000)]
+    tokenizer.train_from_iterator((f"{row['text']}\nLabel: {row['label']}" for row in rows), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast.padding_side = "left"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), max_position_embeddings=4096,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    fast.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    main()
