@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = False
     """Whether webhooks may go to private, loopback, link-local and reserved addresses."""
 
+    predict_bytes: int = Field(1024 * MIB, ge=0)
+    """Bytes of students that an API process keeps loaded to predict with; a larger student is refused, 0 refuses all."""
+
     cors_origins: list[str] = []
 
     @property

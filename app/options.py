@@ -475,6 +475,9 @@ class JobSpec(Options):
     method: Method
     training: Annotated[Training, Field(validate_default=True)] = Training()
     budget: Budget = Budget()
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """What the student shall be right in, of the texts it does not abstain from. Null: the teacher's own accuracy on the
+    validation set, or 0.9 where that is not known."""
     metadata: Metadata = {}
     webhook: Webhook | None = None
     """Called when the job has succeeded, failed or been cancelled."""

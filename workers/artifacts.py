@@ -153,8 +153,8 @@ def publish_checkpoint(
 ) -> Checkpoint:  # fmt: skip
     """Pack the student as one tar and store it. The row that is returned is for the caller to add: file first.
 
-    The tar holds, at its top, model.safetensors, config.json, the tokenizer, README.md (the model card), metrics.json
-    and manifest.json with the SHA-256 of every other file.
+    The tar holds, at its top, model.safetensors, config.json, the tokenizer, README.md (the model card), metrics.json,
+    calibration.json and manifest.json with the SHA-256 of every other file.
     """
     checkpoint_id = new_id("ckpt")
     with tempfile.TemporaryDirectory(dir=settings().spool_dir) as place:
@@ -169,6 +169,7 @@ def publish_checkpoint(
             "dataset": {"id": dataset.id, "sha256": dataset.sha256, "rows": dataset.rows},
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        (folder / "calibration.json").write_text(json.dumps(_calibration(evaluation["calibration"]), indent=2) + "\n")
         (folder / "README.md").write_text(model_card(facts, student.source))
         (folder / "manifest.json").write_text(json.dumps({"files": _digests(folder)}, indent=2) + "\n")
         digests = _digests(folder)
@@ -180,6 +181,11 @@ def publish_checkpoint(
         )  # fmt: skip
         files.put(checkpoint.key, packed)
     return checkpoint
+
+
+def _calibration(found: dict[str, Any]) -> dict[str, Any]:
+    """What a program needs to abstain as the student should; app/predict.py reads it."""
+    return {name: found[name] for name in ("temperature", "threshold", "target_accuracy", "source", "rows")}
 
 
 def _digests(folder: Path) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ def model_card(facts: dict[str, Any], source: Source) -> str:
         "",
         _validation_sentence(evaluation),
         "",
+        *_abstention(evaluation.get("calibration")),
         "## Which rows it was trained on",
         "",
         f"{selection['selected']:,} of {selection['seen']:,} rows seen were trained on"
@@ -103,6 +104,36 @@ def _validation_sentence(evaluation: dict[str, Any]) -> str:
             " validation row tells agreement with the teacher, not accuracy."
         )
     return "The checkpoint was chosen on the validation set; the test set was looked at once, at the end."
+
+
+def _abstention(calibration: dict[str, Any] | None) -> list[str]:
+    if calibration is None:
+        return []
+    threshold, curve = calibration["threshold"], calibration["curve"]
+    if threshold is None:
+        rule = "no confidence was high enough for that, so abstain from everything that matters"
+    elif threshold == 0:
+        rule = "it is that good on every row, so it need not abstain"
+    else:
+        rule = f"abstain where the confidence is below {threshold:.4f}"
+    return [
+        "## When to abstain",
+        "",
+        f"Confidence is the largest of softmax(logits / {calibration['temperature']:.4f}). To be right in"
+        f" {calibration['target_accuracy']:.1%} of what it answers: {rule}. Found on {calibration['rows']:,} rows"
+        f" ({calibration['source'].replace('_', ' ')}); `calibration.json` has the numbers for programs.",
+        "",
+        f"What it gains, on the {curve['split']} rows; the last column when the teacher answers the rest:",
+        "",
+        "| answered | from confidence | accuracy of the answered | of all, with the teacher |",
+        "|---|---|---|---|",
+        *(
+            f"| {point['coverage']:.0%} | {point['threshold']:.4f} | {point['accuracy']:.4f}"
+            f" | {'' if point['with_teacher'] is None else format(point['with_teacher'], '.4f')} |"
+            for point in curve["points"]
+        ),
+        "",
+    ]
 
 
 def _without_examples(spec: dict[str, Any]) -> dict[str, Any]:

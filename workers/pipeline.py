@@ -27,7 +27,7 @@ from workers.training import resume
 from workers.training.data import Tokens, tokenise
 from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
-from workers.training.evaluation import evaluate, predict_probabilities
+from workers.training.evaluation import Answers, calibrate, evaluate, predict_probabilities
 from workers.training.run import HeldOut, Pool, Run, begin
 from workers.training.splits import Splits, choose, exact_groups, near_groups
 
@@ -297,6 +297,7 @@ def score(
         return False
 
     evaluation: dict[str, Any] = {"validation": None, "test": None, "pseudo_labels": None, "barred_rows": barred}
+    answers: dict[str, Answers] = {}
     done = 0
     for split in splits:
         gold = material.gold(split)
@@ -315,6 +316,9 @@ def score(
         if split == "test":
             asked = material.probabilities(split) if split in material.answers else None
             artifacts.write_predictions(files, job.id, gold, material.labels, predicted.numpy(), asked)
+        # What calibrates must not stand in the test set either: the rows that chose the checkpoint.
+        chosen = held_out.rows.tolist() if split == "validation" else range(len(gold))
+        answers[split] = _answers(material, split, predicted, [row for row in chosen if gold[row] is not None])
         done += material.datasets[split].rows
         report.progress(done)
     if "validation" not in splits:
@@ -323,6 +327,11 @@ def score(
         evaluation["validation"] = {
             "source": "held_back_pseudo_labels", "student": evaluate(predicted, names, material.labels, seed), "teacher": None,
         }  # fmt: skip
+        answers["validation"] = Answers(predicted, names)
+    evaluation["calibration"] = calibrate(
+        answers["validation"], answers.get("test"), material.labels,
+        source=evaluation["validation"]["source"], target=material.spec.target_accuracy,
+    )  # fmt: skip
     if material.spec.teacher.kind != "dataset" and material.datasets["train"].label_counts:
         labeled = ~np.isnan(probabilities[:, 0])
         known = [name if ok else None for name, ok in zip(material.gold("train"), labeled.tolist(), strict=True)]
@@ -330,6 +339,14 @@ def score(
             scores = evaluate(torch.from_numpy(np.nan_to_num(probabilities)), known, material.labels, seed)
             evaluation["pseudo_labels"] = {name: scores[name] for name in ("rows", "accuracy", "macro_f1")}
     return evaluation
+
+
+def _answers(material: Material, split: str, predicted: torch.Tensor, rows: list[int]) -> Answers:
+    gold = material.gold(split)
+    teacher = torch.from_numpy(material.probabilities(split))[rows] if split in material.answers else None
+    if teacher is not None and teacher.isnan().any():
+        teacher = None
+    return Answers(predicted[rows], [str(gold[row]) for row in rows], teacher)
 
 
 def _publish(

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import Response, StreamingResponse
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import retention
+from app.api.datasets import uploading_tenant
 from app.api.deps import PageDep, SessionDep, StorageDep, TenantDep, newest_first, owned, problems
-from app.api.schemas import CheckpointRead, PageRead
-from app.errors import NotFound, NotReady, RangeNotSatisfiable, Unauthorized
-from app.models import Checkpoint, Job
+from app.api.schemas import CheckpointRead, PageRead, Read
+from app.db import session_scope
+from app.errors import (
+    BadRequest,
+    NotFound,
+    NotReady,
+    RangeNotSatisfiable,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    UnsupportedMedia,
+)
+from app.models import Checkpoint, Dataset, Job
+from app.options import Options, Text
+from app.predict import shelf
 from app.storage import Storage
 
 router = APIRouter(tags=["checkpoints"])
 
 CHUNK_BYTES = 256 * 1024
+PREDICTORS = ThreadPoolExecutor(2, "predictor")
+WAITING = threading.BoundedSemaphore(16)
+PredictText = Annotated[Text, Field(min_length=1, max_length=20_000)]
 ONE_RANGE = re.compile(r"bytes=\s*(\d{0,40})-(\d{0,40})\s*")
 TAR: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}},
@@ -72,6 +93,72 @@ def download_best(
         raise NotReady(f"The job is {job.status} and has no checkpoint.")
     checkpoint = owned(session, Checkpoint, job.best_checkpoint_id, tenant)
     return _send(storage, checkpoint, request, range, if_range, if_none_match)
+
+
+class PredictRequest(Options):
+    """A few texts for the student."""
+
+    texts: Annotated[list[PredictText], Field(min_length=1, max_length=64)]
+    text_pairs: Annotated[list[PredictText], Field(max_length=64)] | None = None
+    """The second text of each, where the student was trained on pairs."""
+
+
+class PredictionRead(Read):
+    label: str
+    probabilities: dict[str, float]
+    """Per class, calibrated: softmax(logits / temperature)."""
+    confidence: float
+    """The largest of them."""
+    abstain: bool | None
+    """Whether the confidence lies below the threshold; null where the checkpoint was never calibrated."""
+
+
+class PredictionsRead(Read):
+    data: list[PredictionRead]
+    temperature: float
+    threshold: float | None
+    """Null where no threshold reaches the target accuracy, so that the student always abstains."""
+
+
+@router.post(
+    "/checkpoints/{checkpoint_id}/predict",
+    response_model=PredictionsRead,
+    responses=problems(BadRequest, Unauthorized, NotFound, TooLarge, UnsupportedMedia, Unprocessable, Unavailable),
+)
+async def predict(
+    checkpoint_id: str, body: PredictRequest, storage: StorageDep, tenant: Annotated[str, Depends(uploading_tenant)]
+) -> PredictionsRead:
+    """Classify a few texts with a checkpoint, here and now; for many, download it."""
+    # Threads of their own, so that however many predictions wait, every other request is served.
+    if not WAITING.acquire(blocking=False):
+        raise Unavailable("Too many predictions are waiting; try again shortly.")
+    try:
+        return await asyncio.wrap_future(PREDICTORS.submit(_predict, checkpoint_id, tenant, storage, body))
+    finally:
+        WAITING.release()
+
+
+def _predict(checkpoint_id: str, tenant: str, storage: Storage, body: PredictRequest) -> PredictionsRead:
+    with session_scope() as session:
+        checkpoint = owned(session, Checkpoint, checkpoint_id, tenant)
+        on_pairs = session.scalar(
+            select(Dataset.has_text_pair).join(Job, Job.dataset_id == Dataset.id).where(Job.id == checkpoint.job_id)
+        )
+    if on_pairs and body.text_pairs is None:
+        raise Unprocessable("This student was trained on pairs of texts; send `text_pairs`, one for each text.")
+    if not on_pairs and body.text_pairs is not None:
+        raise Unprocessable("This student was trained on single texts; leave `text_pairs` out.")
+    if body.text_pairs is not None and len(body.text_pairs) != len(body.texts):
+        raise Unprocessable(f"{len(body.texts)} texts but {len(body.text_pairs)} text_pairs; send one for each text.")
+    try:
+        student = shelf().take(checkpoint, storage)
+    except FileNotFoundError:
+        raise NotFound from None
+    found = student.predict(body.texts, body.text_pairs)
+    return PredictionsRead(
+        data=[PredictionRead.model_validate(entry) for entry in found],
+        temperature=student.temperature, threshold=student.threshold,
+    )  # fmt: skip
 
 
 @router.delete("/checkpoints/{checkpoint_id}", status_code=204, responses=problems(Unauthorized, NotFound))

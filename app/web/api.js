@@ -27,7 +27,9 @@ async function send(path, options = {}) {
 
 export const get = async (path, signal) => (await send(path, { signal })).json();
 
-export const post = async (path) => (await send(path, { method: "POST" })).json();
+export const post = async (path, body) => (await send(path, body === undefined ? { method: "POST" } : {
+  method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+})).json();
 
 /** The events of a job after `last`, as they happen, until its end or until `signal` aborts; takes up a broken stream. */
 export async function followEvents(jobId, last, signal, onEvent) {

@@ -9,6 +9,7 @@ const EVENTS_SHOWN = 300;
 const CLASSES_SHOWN = 8;
 const MEANS_SHOWN = 12;
 const SAMPLES_PER_PAGE = 20;
+const TEXTS_AT_ONCE = 64;
 const SAMPLE_COLUMNS = ["Row", "Text", "Label", "Confidence", "Teacher's threshold", "Uncertainty", "Student's threshold", "Selected", "Why"];
 
 const MOVES = {
@@ -34,10 +35,10 @@ export async function showJob(main, id, signal, attempt) {
   let job = await get(path, signal);
   document.title = `${job.name ?? job.id} · Understudy`;
   const parts = {
-    head: h("div"), actions: h("div", { class: "actions" }), phases: h("section"), scores: h("section"),
+    head: h("div"), actions: h("div", { class: "actions" }), phases: h("section"), scores: h("section"), tryIt: h("section"),
     charts: h("section"), events: h("ol", { class: "events", role: "log" }), samples: new Samples(path, job, signal, attempt),
   };
-  main.replaceChildren(h("p", {}, h("a", { href: "#/" }, "← Jobs")), parts.head, parts.actions, parts.phases, parts.scores,
+  main.replaceChildren(h("p", {}, h("a", { href: "#/" }, "← Jobs")), parts.head, parts.actions, parts.phases, parts.scores, parts.tryIt,
     parts.charts, h("section", {}, h("h2", {}, "Events"), parts.events), parts.samples.section, specification(job));
 
   const series = new Series(path, signal);
@@ -50,6 +51,7 @@ export async function showJob(main, id, signal, attempt) {
       shown = job.status + job.best_checkpoint_id;
       parts.actions.replaceChildren(...actions(job, path, attempt, refresh));
       parts.scores.replaceChildren(...scores(job));
+      parts.tryIt.replaceChildren(...tryIt(job, attempt));
       if (parts.samples.isEmpty) attempt(() => parts.samples.load(0));
     }
     const looking = parts.charts.matches(":hover, :focus-within"); // nor a chart its cursor
@@ -202,6 +204,26 @@ function classScores(evaluation) {
     h("tbody", {}, Object.entries(student.per_class).map(([label, score]) => h("tr", {}, h("th", { scope: "row" }, label),
       h("td", { class: "number" }, percent(teacher?.per_class?.[label]?.f1)), h("td", { class: "number" }, percent(score.f1)),
       h("td", { class: "number" }, count(score.support))))))));
+}
+
+// --- the student on texts of one's own --------------------------------------------------------------------------------
+
+function tryIt(job, attempt) {
+  if (!job.best_checkpoint_id) return [];
+  const field = h("textarea", { id: "texts", rows: 3, placeholder: "One text a line" });
+  const answers = h("tbody");
+  const table = h("table", { hidden: true }, h("thead", {}, h("tr", {},
+    ["Text", "Label", "Confidence", ""].map((name) => h("th", { scope: "col" }, name)))), answers);
+  const ask = async () => {
+    const texts = field.value.split("\n").map((text) => text.trim()).filter(Boolean).slice(0, TEXTS_AT_ONCE);
+    if (!texts.length) return;
+    const { data } = await post(`/checkpoints/${encodeURIComponent(job.best_checkpoint_id)}/predict`, { texts });
+    answers.replaceChildren(...data.map((found, index) => h("tr", {}, h("td", { class: "text" }, texts[index]), h("td", {}, found.label),
+      h("td", { class: "number" }, percent(found.confidence)), h("td", {}, found.abstain ? "abstains" : ""))));
+    table.hidden = false;
+  };
+  return [h("h2", {}, "Try it"), h("label", { for: "texts" }, "Texts to classify"), field,
+    h("div", { class: "actions" }, h("button", { onclick: () => attempt(ask) }, "Classify")), h("div", { class: "scroll" }, table)];
 }
 
 // --- charts -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import RobertaForSequenceClassification
 
-from workers.algorithms import metrics
+from workers.algorithms import abstention, metrics
 from workers.training.data import Rows, Tokens, length_sorted_batches
 
 # A batch that fits in the second-level cache is fastest on a CPU (measured: docs/experiments.md); a GPU wants it full.
@@ -67,6 +69,83 @@ def evaluate(probabilities: Tensor, gold: Sequence[str | None], labels: Sequence
         "expected_calibration_error": metrics.expected_calibration_error(probabilities, truth),
         "per_class": {name: {"f1": f1[index], "support": support[index]} for index, name in enumerate(labels)},
     }
+
+
+DEFAULT_TARGET = 0.9
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What student and teacher said of N rows of known class."""
+
+    student: Tensor
+    """(N, C) probabilities."""
+    gold: Sequence[str]
+    teacher: Tensor | None = None
+    """(N, C) probabilities; None where the teacher did not answer every row."""
+
+    def right(self, labels: Sequence[str]) -> Tensor:
+        """(N,) rows in which the student is right."""
+        return _is_right(self.student, self.gold, labels)
+
+    def teacher_right(self, labels: Sequence[str]) -> Tensor | None:
+        """(N,) rows in which the teacher is right."""
+        return None if self.teacher is None else _is_right(self.teacher, self.gold, labels)
+
+
+def _is_right(probabilities: Tensor, gold: Sequence[str], labels: Sequence[str]) -> Tensor:
+    predicted = probabilities.argmax(dim=1).tolist()
+    return torch.tensor([labels[index] == name for index, name in zip(predicted, gold, strict=True)], dtype=torch.bool)
+
+
+def calibrate(
+    validation: Answers, test: Answers | None, labels: Sequence[str], *, source: str, target: float | None
+) -> dict[str, Any]:
+    """When the student should abstain, by the validation rows; and what comes of it on the test rows.
+
+    target: the accuracy wanted of the rows it answers; None: the teacher's own, or DEFAULT_TARGET where that is not
+    known. The curve is of the test rows where there are any: on those, nothing was chosen.
+    """
+    ids = {name: index for index, name in enumerate(labels)}
+    known = [row for row, name in enumerate(validation.gold) if name in ids]
+    gold = torch.tensor([ids[validation.gold[row]] for row in known], dtype=torch.long)
+    temperature = abstention.fit_temperature(validation.student[known], gold)
+    right, teacher_right = validation.right(labels), validation.teacher_right(labels)
+    if target is not None:
+        target_source = "spec"
+    elif teacher_right is not None:
+        target, target_source = float(teacher_right.double().mean()), "teacher"
+    else:
+        target, target_source = DEFAULT_TARGET, "default"
+    threshold = abstention.threshold_for(_confidence(validation, temperature), right, target)
+    shown = test or validation
+    return {
+        "source": source,
+        "rows": len(right),
+        "temperature": temperature,
+        "target_accuracy": target,
+        "target_source": target_source,
+        "threshold": threshold,
+        "validation": _kept(validation, temperature, threshold, labels),
+        "test": _kept(test, temperature, threshold, labels) if test else None,
+        "curve": {
+            "split": "test" if test else "validation",
+            "points": abstention.coverage_curve(
+                _confidence(shown, temperature), shown.right(labels), shown.teacher_right(labels)
+            ),
+        },
+    }
+
+
+def _confidence(answers: Answers, temperature: float) -> Tensor:
+    return abstention.soften(answers.student, temperature).amax(dim=1)
+
+
+def _kept(answers: Answers, temperature: float, threshold: float | None, labels: Sequence[str]) -> dict[str, Any]:
+    """Share of rows that are answered, and how many of those are right."""
+    kept = _confidence(answers, temperature) >= (math.inf if threshold is None else threshold)
+    right = answers.right(labels)[kept].double()
+    return {"coverage": float(kept.double().mean()), "accuracy": float(right.mean()) if len(right) else None}
 
 
 def predict_probabilities(
