@@ -17,11 +17,11 @@ import structlog
 from sqlalchemy import ColumnElement, Select, delete, event, exists, func, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from app import lifecycle
+from app import lifecycle, limits
 from app.config import settings
 from app.db import session_scope, try_lock
 from app.errors import DatasetInUse, IllegalMove, NotFound
-from app.models import Checkpoint, Dataset, Job, LabelSet, Upload
+from app.models import Checkpoint, Comparison, Dataset, Job, LabelSet, Upload
 from app.storage import Storage
 
 NOBODY = ""
@@ -30,7 +30,7 @@ BATCH = 100
 """Rows deleted in one round of retention, and ids looked up at once."""
 ID = re.compile(r"[a-z]+_([0-9a-f]{12})[0-9a-f]{20}")
 
-Thing = TypeVar("Thing", Job, Dataset)
+Thing = TypeVar("Thing", Job, Comparison, Dataset)
 
 log = structlog.get_logger()
 
@@ -45,8 +45,23 @@ def delete_job(session: Session, storage: Storage, job: Job) -> None:
     Raises IllegalMove.
     """
     lifecycle.lock(session, job)
+    if job.comparison_id is not None:
+        raise IllegalMove(f"This job is a run of {job.comparison_id}, whose table needs it; delete the comparison.")
     if not lifecycle.is_terminal(job):
         raise IllegalMove(f"Only a job that has ended can be deleted; this one is {job.status}. Cancel it first.")
+    _remove_job(session, storage, job)
+
+
+def delete_comparison(session: Session, storage: Storage, comparison: Comparison) -> None:
+    """Delete a comparison whose runs have all ended, with its runs. Raises IllegalMove."""
+    for job in lifecycle.lock_all(session, comparison.jobs):
+        if not lifecycle.is_terminal(job):
+            raise IllegalMove(f"The run {job.id} is {job.status}; cancel the comparison first.")
+        _remove_job(session, storage, job)
+    session.execute(delete(Comparison).where(Comparison.id == comparison.id))
+
+
+def _remove_job(session: Session, storage: Storage, job: Job) -> None:
     for checkpoint in session.scalars(select(Checkpoint).where(Checkpoint.job_id == job.id)).all():
         delete_checkpoint(session, storage, checkpoint)
     datasets = {job.dataset_id, job.validation_dataset_id, job.test_dataset_id}
@@ -117,21 +132,14 @@ def retain(storage: Storage) -> int:
         if (days := wish.retain_jobs_days) is not None:
             too_old = Job.finished_at < func.now() - timedelta(days=days)
             gone += sum(_delete(storage, job, "too old") for job in _found(_ended_jobs().where(too_old)))
+            recent = _runs(or_(~Job.status.in_(lifecycle.TERMINAL), ~too_old))
+            gone += sum(_delete(storage, each, "too old") for each in _found(_ended_comparisons().where(~recent)))
         if (days := wish.retain_datasets_days) is not None:
             too_old = Dataset.created_at < func.now() - timedelta(days=days)
             gone += sum(_delete(storage, dataset, "too old") for dataset in _found(_unused_datasets().where(too_old)))
         if (most := wish.retain_tenant_bytes) is not None:
             gone += sum(_shrink(storage, tenant, most) for tenant in _tenants())
         return gone
-
-
-def stored_bytes(session: Session, tenant: str) -> int:
-    """Bytes of a tenant's datasets, as they were received, and of its checkpoints."""
-    sums = [
-        session.scalar(select(func.coalesce(func.sum(table.bytes), 0)).where(table.tenant == tenant))
-        for table in (Dataset, Checkpoint)
-    ]
-    return sum(int(bytes or 0) for bytes in sums)
 
 
 def _shrink(storage: Storage, tenant: str, most: int) -> int:
@@ -142,13 +150,15 @@ def _shrink(storage: Storage, tenant: str, most: int) -> int:
     gone = 0
     while gone < BATCH:
         with session_scope() as session:
-            if stored_bytes(session, tenant) <= most:
+            if limits.stored_bytes(session, tenant) <= most:
                 break
             yesterday = func.now() - timedelta(days=1)
             datasets = _unused_datasets().where(Dataset.tenant == tenant, Dataset.created_at < yesterday).limit(1)
             jobs = _ended_jobs().where(Job.tenant == tenant).limit(1)
-            oldest: list[tuple[datetime, Job | Dataset]] = [
+            comparisons = _ended_comparisons().where(Comparison.tenant == tenant).limit(1)
+            oldest: list[tuple[datetime, Job | Comparison | Dataset]] = [
                 *((job.finished_at or job.created_at, job) for job in session.scalars(jobs)),
+                *((comparison.created_at, comparison) for comparison in session.scalars(comparisons)),
                 *((dataset.created_at, dataset) for dataset in session.scalars(datasets)),
             ]
         if not oldest or not _delete(storage, min(oldest, key=lambda entry: entry[0])[1], "too much"):
@@ -157,13 +167,15 @@ def _shrink(storage: Storage, tenant: str, most: int) -> int:
     return gone
 
 
-def _delete(storage: Storage, thing: Job | Dataset, reason: str) -> bool:
+def _delete(storage: Storage, thing: Job | Comparison | Dataset, reason: str) -> bool:
     """Delete in a transaction of its own; False where somebody has begun to use the thing, or was quicker."""
     try:
         with session_scope() as session:
             current = session.get(type(thing), thing.id)
             if isinstance(current, Job):
                 delete_job(session, storage, current)
+            elif isinstance(current, Comparison):
+                delete_comparison(session, storage, current)
             elif isinstance(current, Dataset):
                 delete_dataset(session, storage, current)
     except (IllegalMove, DatasetInUse, NotFound):
@@ -186,7 +198,18 @@ def _expire_uploads(storage: Storage) -> int:
 
 
 def _ended_jobs() -> Select[Job]:
-    return select(Job).where(Job.status.in_(lifecycle.TERMINAL)).order_by(Job.finished_at)
+    ended = Job.status.in_(lifecycle.TERMINAL)
+    return select(Job).where(ended, Job.comparison_id.is_(None)).order_by(Job.finished_at)
+
+
+def _ended_comparisons() -> Select[Comparison]:
+    """Those whose runs have all ended."""
+    return select(Comparison).where(~_runs(~Job.status.in_(lifecycle.TERMINAL))).order_by(Comparison.created_at)
+
+
+def _runs(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Whether a comparison has runs of a kind."""
+    return exists().where(Job.comparison_id == Comparison.id, condition)
 
 
 def _unused_datasets() -> Select[Dataset]:

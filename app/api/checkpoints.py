@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import retention
-from app.api.datasets import uploading_tenant
-from app.api.deps import PageDep, SessionDep, StorageDep, TenantDep, newest_first, owned, problems
+from app.api.datasets import UploadingKeyDep
+from app.api.deps import PageDep, SessionDep, StorageDep, TenantDep, needs, newest_first, owned, problems
 from app.api.schemas import CheckpointRead, PageRead, Read
 from app.db import session_scope
 from app.errors import (
@@ -123,17 +123,18 @@ class PredictionsRead(Read):
 @router.post(
     "/checkpoints/{checkpoint_id}/predict",
     response_model=PredictionsRead,
+    openapi_extra=needs("read"),
     responses=problems(BadRequest, Unauthorized, NotFound, TooLarge, UnsupportedMedia, Unprocessable, Unavailable),
 )
 async def predict(
-    checkpoint_id: str, body: PredictRequest, storage: StorageDep, tenant: Annotated[str, Depends(uploading_tenant)]
+    checkpoint_id: str, body: PredictRequest, storage: StorageDep, key: UploadingKeyDep
 ) -> PredictionsRead:
     """Classify a few texts with a checkpoint, here and now; for many, download it."""
     # Threads of their own, so that however many predictions wait, every other request is served.
     if not WAITING.acquire(blocking=False):
         raise Unavailable("Too many predictions are waiting; try again shortly.")
     try:
-        return await asyncio.wrap_future(PREDICTORS.submit(_predict, checkpoint_id, tenant, storage, body))
+        return await asyncio.wrap_future(PREDICTORS.submit(_predict, checkpoint_id, key.tenant, storage, body))
     finally:
         WAITING.release()
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import comparisons, limits, tables
+from app import comparisons, limits, retention, tables
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -134,6 +134,12 @@ def cancel_comparison(comparison_id: str, session: SessionDep, storage: StorageD
     session.flush()
     session.refresh(comparison)
     return ComparisonRead.of(session, storage, comparison)
+
+
+@router.delete("/{comparison_id}", status_code=204, responses=problems(Unauthorized, NotFound, IllegalMove))
+def delete_comparison(comparison_id: str, session: SessionDep, storage: StorageDep, tenant: TenantDep) -> None:
+    """Delete a comparison whose runs have all ended, with its runs and all they left."""
+    retention.delete_comparison(session, storage, owned(session, Comparison, comparison_id, tenant))
 
 
 def _read(session: Session, storage: Any, comparison_id: str, tenant: str) -> ComparisonRead:

@@ -6,13 +6,14 @@ import os
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
-from app import labels, retention
+from app import labels, limits, retention
 from app.cli import app as cli
 from app.config import settings
 from app.db import session_scope, try_lock
@@ -264,12 +265,58 @@ def test_a_tenant_over_its_size_loses_its_oldest_first_and_no_other_tenant_does(
     retention.retain(storage)
     assert stored()["datasets"] == 3, "the dataset that lost its job, and bob's stays"
     with session_scope() as session:
-        assert retention.stored_bytes(session, "alice") == 2020
+        assert limits.stored_bytes(session, "alice") == 2020
         assert session.scalar(select(func.count()).where(Job.tenant == "bob")) == 1
     monkeypatch.setattr(settings(), "retain_tenant_bytes", 0)
     end(jobs[1], "paused")
     retention.retain(storage)
     assert [client.get(f"/jobs/{id}").status_code for id in jobs] == [404, 200, 404], "a paused job is not at its end"
+
+
+def a_comparison(client: TestClient) -> dict[str, Any]:
+    spec = {
+        "dataset_id": add_dataset(sentences(12, 1)), "test_dataset_id": add_dataset(sentences(9, 2)), "seeds": [0, 1],
+        "teacher": {"kind": "dataset"}, "student": tiny_spec("")["student"], "training": {"epochs": 1, "batch_size": 8},
+        "arms": [{"name": "all", "method": {"kind": "no_selection"}}, {"name": "some", "method": {"kind": "random"}}],
+    }  # fmt: skip
+    answer = client.post("/comparisons", json=spec)
+    assert answer.status_code == 202, answer.text
+    return dict(answer.json())
+
+
+def runs_of(comparison: dict[str, Any]) -> list[str]:
+    return [run["job_id"] for arm in comparison["arms"] for run in arm["runs"]]
+
+
+def test_a_comparison_goes_with_its_runs_and_no_run_goes_alone(client: TestClient, storage: Storage) -> None:
+    comparison = a_comparison(client)
+    first, *others = runs_of(comparison)
+    label(first)
+    for job_id in others:
+        end(job_id)
+    assert client.delete(f"/comparisons/{comparison['id']}").json()["code"] == "illegal_move"
+    end(first)
+    refused = client.delete(f"/jobs/{first}")
+    assert (refused.status_code, comparison["id"] in refused.json()["detail"]) == (409, True)
+    assert client.get(f"/comparisons/{comparison['id']}").json()["is_terminal"]
+    assert client.delete(f"/comparisons/{comparison['id']}").status_code == 204
+    assert [stored()[name] for name in ("comparisons", "jobs", "label_sets", "label_shards")] == [0] * 4
+    assert {name.split("/")[0] for name in files(storage)} == {"datasets"}
+
+
+def test_a_comparison_is_as_old_as_its_last_run(
+    client: TestClient, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = runs_of(a_comparison(client))
+    for job_id in others:
+        end(job_id, days_ago=40)
+    monkeypatch.setattr(settings(), "retain_jobs_days", 30)
+    for state in ("running", "failed"):
+        end(first, state, days_ago=29)
+        assert retention.retain(storage) == 0
+    end(first, "succeeded", days_ago=31)
+    assert retention.retain(storage) == 1
+    assert stored()["jobs"] == stored()["comparisons"] == 0
 
 
 def test_two_schedulers_do_not_keep_house_at_the_same_time(
