@@ -3,9 +3,10 @@
     python -m benchmarks.results [--rows 3000] [--epochs 2] [--seeds 2] [--workers 2] [--data-dir build/results]
 
 Starts `understudy up` on --data-dir, uploads the unlabeled rows, the validation and the test set of each data set, and
-submits one job for each method and seed. Jobs that an earlier run has finished are not run again, so it may be stopped
-and started at will; --finished-only submits nothing and writes the tables from the jobs that have finished, --tables-only
-from docs/results.json.
+submits one job for each method and seed. A run that docs/results.json holds, made with the same options, is not made
+again, nor is a job that has finished in --data-dir; every run is written to docs/results.json as it ends. So it may be
+stopped (Ctrl-C or SIGTERM) and started at will, on this machine or another. --tables-only runs nothing and writes the
+tables from docs/results.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +87,16 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=list(DATA_SETS), choices=list(DATA_SETS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, default=DOCS)
-    parser.add_argument("--finished-only", action="store_true")
     parser.add_argument("--tables-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.tables_only:
         if not SHARED.is_dir():
             sys.exit(f"results: the data sets are not at {SHARED}")
-        outcome = measure(arguments)
-        (arguments.out / "results.json").write_text(json.dumps(outcome, indent=1) + "\n")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell starts what runs in the background without it
+        measure(arguments)
     outcome = json.loads((arguments.out / "results.json").read_text())
     (arguments.out / "results.md").write_text(document(outcome))
     plot(outcome, arguments.out / "results.svg")
@@ -102,17 +106,24 @@ def main() -> None:
 # --- running --------------------------------------------------------------------------------------------------------
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run every job that is not there yet; the facts of all of them."""
-    command = [
-        str(Path(sys.executable).parent / "understudy"),
-        "up",
-        "--port",
-        "0",
-        "--data-dir",
-        str(arguments.data_dir),
+def measure(arguments: argparse.Namespace) -> None:
+    """Run every job whose facts are not on record yet, and add each to the record as it ends."""
+    path = arguments.out / "results.json"
+    runs = recorded(path, arguments)
+    known = {identity(run) for run in runs}
+    # One seed of everything first, so that a run that is stopped is of use.
+    missing = [
+        {"data": name, "method": method, "seed": seed}
+        for seed in range(arguments.seeds)
+        for name in arguments.data
+        for method in arguments.methods
+        if (name, method, seed) not in known
     ]
-    server = subprocess.Popen([*command, "--workers", str(arguments.workers)], stdout=subprocess.PIPE, text=True)
+    if not missing:
+        return
+    understudy = str(Path(sys.executable).parent / "understudy")
+    places = ["--port", "0", "--data-dir", str(arguments.data_dir), "--workers", str(arguments.workers)]
+    server = subprocess.Popen([understudy, "up", *places], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         ready = server.stdout.readline().split()
@@ -120,53 +131,48 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             sys.exit("results: the server did not start")
         key = (arguments.data_dir / "api-key").read_text().strip()
         with Client(ready[1], key) as client:
-            if arguments.finished_only:
-                runs, jobs = finished(client)
-            else:
-                runs = submit_all(client, arguments)
-                jobs = wait_for_all(client, [run["job"] for run in runs])
+            for run, job in finished(client, submit_all(client, missing, arguments)):
+                runs.append({**run, **facts(job)})
+                runs.sort(key=identity)
+                path.write_text(json.dumps({"options": chosen(arguments), "runs": runs}, indent=1) + "\n")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
-    options = {
-        name: getattr(arguments, name)
-        for name in ("rows", "epochs", "seeds", "shots", "precision", "validation_rows", "test_rows")
-    }
-    return {"options": options, "runs": [{**run, **facts(jobs[run["job"]])} for run in runs]}
 
 
-def submit_all(client: Client, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Submit what is missing; data set, method, seed and job id of every run."""
+def identity(run: dict[str, Any]) -> tuple[str, str, int]:
+    """What tells one run of the table from another; sorts by data set, method and seed."""
+    return run["data"], run["method"], run["seed"]
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that a figure depends on."""
+    names = ("rows", "epochs", "shots", "precision", "validation_rows", "test_rows")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def recorded(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs on record that were made with these options; none when the record was made with others."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    return list(record["runs"]) if record["options"] == chosen(arguments) else []
+
+
+def submit_all(client: Client, missing: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Submit the missing runs; each with the id of its job."""
+    specs = {name: base_spec(client, name, arguments) for name in {run["data"]: None for run in missing}}
     runs = []
-    specs = {name: base_spec(client, name, arguments) for name in arguments.data}
-    for seed in range(arguments.seeds):  # one seed of everything first, so that a run that is stopped is of use
-        for name in arguments.data:
-            for method in arguments.methods:
-                wanted = {
-                    **specs[name],
-                    "method": METHODS[method],
-                    "training": {
-                        "epochs": arguments.epochs,
-                        "seed": seed,
-                        "precision": arguments.precision,
-                        "learning_rate": 2e-4,
-                    },
-                }
-                tags = {"results": name, "method": method, "seed": str(seed), "rows": str(arguments.rows)}
-                runs.append({"data": name, "method": method, "seed": seed, "job": find_or_submit(client, wanted, tags)})
+    for run in missing:
+        training = {
+            "epochs": arguments.epochs, "seed": run["seed"], "precision": arguments.precision, "learning_rate": 2e-4,
+        }  # fmt: skip
+        wanted = {**specs[run["data"]], "method": METHODS[run["method"]], "training": training}
+        tags = {
+            "results": run["data"], "method": run["method"], "seed": str(run["seed"]), "rows": str(arguments.rows),
+        }  # fmt: skip
+        runs.append({**run, "job": find_or_submit(client, wanted, tags)})
     return runs
-
-
-def finished(client: Client) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The runs that have succeeded on this server, in the order of the tables, and their jobs."""
-    jobs = {job["id"]: job for job in client.jobs(status="succeeded") if "results" in job["metadata"]}
-    tags = {job_id: job["metadata"] for job_id, job in jobs.items()}
-    runs = [
-        {"data": tag["results"], "method": tag["method"], "seed": int(tag["seed"]), "job": job_id}
-        for job_id, tag in tags.items()
-    ]
-    places = {name: place for place, name in enumerate([*DATA_SETS, *METHODS])}
-    return sorted(runs, key=lambda run: (places[run["data"]], places[run["method"]], run["seed"])), jobs
 
 
 def find_or_submit(client: Client, spec: dict[str, Any], tags: dict[str, str]) -> str:
@@ -208,19 +214,17 @@ def upload(client: Client, name: str, rows: list[dict[str, str]]) -> str:
         return str(client.upload(path, name=name)["id"])
 
 
-def wait_for_all(client: Client, ids: list[str]) -> dict[str, dict[str, Any]]:
-    """Every job once it has ended; a failed one ends the benchmark with its reason."""
-    jobs: dict[str, dict[str, Any]] = {}
+def finished(client: Client, runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every run and its job once it has succeeded; a failed one ends the benchmark with its reason."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        task = progress.add_task("jobs", total=len(ids))
-        for job_id in ids:
-            job = client.wait(job_id, every=2.0)
+        task = progress.add_task("jobs", total=len(runs))
+        for run in runs:
+            job = client.wait(run["job"], every=2.0)
             if job["status"] != "succeeded":
-                sys.exit(f"results: {job_id} {job['status']}: {job['error']}")
-            jobs[job_id] = job
+                sys.exit(f"results: {run['job']} {job['status']}: {job['error']}")
             progress.advance(task)
-    return jobs
+            yield run, job
 
 
 def facts(job: dict[str, Any]) -> dict[str, Any]:
@@ -242,14 +246,17 @@ def facts(job: dict[str, Any]) -> dict[str, Any]:
 def document(outcome: dict[str, Any]) -> str:
     """docs/results.md."""
     options, runs = outcome["options"], outcome["runs"]
+    places = {name: place for place, name in enumerate([*DATA_SETS, *METHODS])}
+    runs = sorted(runs, key=lambda run: (places[run["data"]], places[run["method"]], run["seed"]))
+    seeds = len({run["seed"] for run in runs})
     lines = [
         "# Results on real data sets",
         "",
         "Made through the HTTP API by `python -m benchmarks.results"
-        f" --rows {options['rows']} --epochs {options['epochs']} --seeds {options['seeds']} --shots {options['shots']}"
+        f" --rows {options['rows']} --epochs {options['epochs']} --seeds {seeds} --shots {options['shots']}"
         f" --precision {options['precision']} --validation-rows {options['validation_rows']} --test-rows {options['test_rows']}`; the raw figures are in [results.json](results.json).",
         "",
-        f"{options['rows']} unlabeled train rows of each set, {options['epochs']} epochs, {options['seeds']} seeds,"
+        f"{options['rows']} unlabeled train rows of each set, {options['epochs']} epochs, {seeds} {'seed' if seeds == 1 else 'seeds'},"
         f" batch 32, learning rate 2e-4. Teacher: `embedding` with {options['shots']} examples a class (taken from the train"
         " rows and removed from the pool). Student: the bundled all-MiniLM-L6-v2, all six layers. The checkpoint is chosen on"
         f" {options['validation_rows']} validation rows; the scores are of the first {options['test_rows']} test rows (all where there are fewer),"
