@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from app import options, pretrained
 from tests.support import TOPICS, sentences
 from workers.reporter import MemoryReporter
+from workers.training import step
 from workers.training.data import tokenise
 from workers.training.distill import distill, learning_rate
 from workers.training.encoders import build_student
@@ -156,3 +157,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
 
     assert weights(1) == weights(1)
     assert weights(1) != weights(2)
+
+
+def test_rows_read_by_length_give_the_logits_of_the_whole_batch_in_its_order(monkeypatch: pytest.MonkeyPatch):
+    training = options.Training()
+    run, *_ = prepared(method(kind="no_selection"), training)
+    model = run.student.model.eval()
+    tokens = tokenise(run.student.tokenizer, ["a" * length for length in (3, 15, 1, 9, 20, 2, 12)])
+    rows = np.array([4, 2, 6, 0, 5, 3])
+    monkeypatch.setitem(step.TRAIN_TOKENS_PER_BATCH, "cpu", 30)
+    with torch.no_grad():
+        together = step.logits_of(model, step.inputs(tokens, rows, model.device), training)
+        by_length = step.logits_by_length(model, tokens, rows, training)
+    assert len(set(tokens.lengths[rows].tolist())) > 2
+    torch.testing.assert_close(by_length, together, rtol=1e-5, atol=1e-6)

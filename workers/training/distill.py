@@ -27,7 +27,7 @@ from workers.training.evaluation import PredictionStopped, predict_probabilities
 from workers.training.lgtm import lgtm_step
 from workers.training.prokt import prokt_step
 from workers.training.run import EpochCount, HeldOut, Interval, Pool, Progress, Run, make_rule
-from workers.training.step import Learned, Lesson, Step, backward_and_step, inputs, logits_of
+from workers.training.step import Learned, Lesson, Step, backward_and_step, logits_by_length
 
 POINTS_PER_RUN = 200
 """About how many points a step series gets."""
@@ -139,7 +139,7 @@ def distill(
 
 def supervised_step(run: Run, pool: Pool, method: Method, training: Training, lesson: Lesson) -> Learned:
     """The student alone learns from the labels, by the loss of the rule that chose the rows."""
-    logits = logits_of(run.student.model, inputs(pool.tokens, lesson.rows, run.student.model.device), training)
+    logits = logits_by_length(run.student.model, pool.tokens, lesson.rows, training)
     loss = lesson.rule.loss(logits, lesson.teacher, lesson.selection)
     backward_and_step(run.student.model, run.optimizer, loss, training)
     return Learned(loss.item())

@@ -16,9 +16,12 @@ from torch.nn import functional
 from app.options import Method, TaughtByEncoder, TaughtTogether, Training
 from workers.algorithms.distillation import LOSSES
 from workers.algorithms.selection.rule import Selection
-from workers.training.data import Tokens
+from workers.training.data import Tokens, length_sorted_batches
 from workers.training.run import HeldOut, Measured, Pool, Run
 
+TRAIN_TOKENS_PER_BATCH = {"cpu": 384, "cuda": 65_536}
+"""Padded tokens of one forward pass with gradients. On the CPU measured: half the time of a batch of 32 short texts
+padded together (benchmarks/epoch_cost.py shows what it gains); a GPU wants it full."""
 Inputs = dict[str, Tensor]
 """A model's arguments for a batch."""
 
@@ -94,6 +97,18 @@ def inputs(tokens: Tokens, rows: NDArray[np.int64], device: torch.device) -> Inp
 def logits_of(model: nn.Module, arguments: Inputs, training: Training) -> Tensor:
     """(B, C) logits in float32 at least, computed in the precision of the training."""
     return in_precision(lambda: model(**arguments).logits, next(iter(arguments.values())).device, training)
+
+
+def logits_by_length(model: Any, tokens: Tokens, rows: NDArray[np.int64], training: Training) -> Tensor:
+    """(S, C) logits of S rows, with gradients, computed on batches of rows of like length: little is spent on padding.
+
+    The loss is that of the whole batch; only which rows share a forward pass depends on their lengths.
+    """
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    budget = TRAIN_TOKENS_PER_BATCH[model.device.type]
+    parts = length_sorted_batches(lengths, np.arange(len(rows)), budget)
+    logits = [logits_of(model, inputs(tokens, rows[part], model.device), training) for part in parts]
+    return torch.cat(logits)[np.argsort(np.concatenate(parts))]
 
 
 def in_precision(forward: Callable[[], Tensor], device: torch.device, training: Training) -> Tensor:
