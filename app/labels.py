@@ -21,7 +21,7 @@ LOOKUP_ROWS = 5000
 
 def fingerprint(teacher: Teacher, labels: Sequence[Label], revision: str | None) -> str:
     """A hash of all that an answer depends on besides the text: teacher options, model revision, label set."""
-    options = teacher.model_dump(mode="json", exclude={"score_held_out"})
+    options = teacher.model_dump(mode="json", exclude={"score_held_out", "calibrate"})
     parts = [options, revision, [label.model_dump(mode="json") for label in labels]]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 

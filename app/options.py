@@ -98,6 +98,9 @@ class LLMTeacher(Options):
     """The wording around instruction, labels, examples and row. A new wording gets a new number and misses the cache."""
     score_held_out: bool = True
     """Also label the validation and test sets: for the teacher's own scores, and for calibration."""
+    calibrate: Literal["auto", "never"] = "auto"
+    """`auto`: with 32 labeled validation rows or more, scale the teacher's confidence by one temperature fitted on them.
+    Labels in the cache stay what they are."""
 
     @field_validator("verbalised")
     @classmethod

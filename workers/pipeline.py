@@ -17,10 +17,10 @@ from app.config import settings
 from app.db import patiently
 from app.lifecycle import WorkFailed
 from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
-from app.options import JobSpec, TaughtByEncoder, TaughtByInfluence
+from app.options import JobSpec, LLMTeacher, TaughtByEncoder, TaughtByInfluence
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
-from workers import artifacts
+from workers import artifacts, calibration
 from workers.labeling import read_labels
 from workers.reporter import Reporter, Stopped
 from workers.training import resume
@@ -84,6 +84,7 @@ def run_job(job: Job, report: Reporter) -> None:
     material = gather(job, files)
     probabilities = material.probabilities("train")
     _refuse_a_constant_teacher(material, probabilities)
+    tell_calibration(job, material, report)
     splits = split_rows(material, report)
     _refuse_an_empty_split(material, splits)
     student = _encoder(material, material.spec.student)
@@ -169,7 +170,7 @@ def gather(job: Job, files: Storage) -> Material:
     label_set, shards, datasets = patiently(look)
     names = [label["name"] for label in label_set.labels]
     scored = {shard.split for shard in shards}
-    return Material(
+    material = Material(
         spec=JobSpec.model_validate(job.spec),
         labels=names,
         datasets=datasets,
@@ -177,6 +178,47 @@ def gather(job: Job, files: Storage) -> Material:
         answers={split: read_labels(files, shards, split, datasets[split].rows) for split in scored},
         teacher_report={"confidence_method": label_set.confidence_method, **label_set.report},
     )
+    calibrate_teacher(material)
+    return material
+
+
+def calibrate_teacher(material: Material) -> None:
+    """Scale what a language model said about the train and test rows by the temperature that the validation rows ask for."""
+    teacher = material.spec.teacher
+    if not isinstance(teacher, LLMTeacher) or teacher.calibrate == "never" or "validation" not in material.answers:
+        return
+    if material.teacher_report["confidence_method"] == "none":
+        return
+    tested = set(material.hashes("test")) if "test" in material.datasets else set()
+    named = zip(material.gold("validation"), material.hashes("validation"), strict=True)
+    gold = [None if key in tested else name for name, key in named]
+    found = calibration.measure(material.probabilities("validation"), gold, material.labels)
+    material.teacher_report["calibration"] = found
+    if found["temperature"] is not None:
+        for split in material.answers.keys() - {"validation"}:
+            material.answers[split] = calibration.rescale(material.answers[split], found["temperature"])
+
+
+def tell_calibration(job: Job, material: Material, report: Reporter) -> None:
+    """Record what calibration found, with the labels and as an event."""
+    found = material.teacher_report.get("calibration")
+    if found is None:
+        return
+
+    def keep(session: Session) -> bool:
+        known = session.get_one(LabelSet, job.label_set_id, with_for_update=True)
+        is_new = known.report.get("calibration") != found
+        known.report = {**known.report, "calibration": found}
+        return is_new
+
+    if patiently(keep) and found["temperature"] is not None:
+        errors = {side: found[side]["expected_calibration_error"] for side in ("before", "after")}
+        report.event(
+            "training.calibrated",
+            f"The teacher's confidence is scaled by the temperature {found['temperature']:g}: over {found['rows']} validation "
+            f"rows it was off by {errors['before']:.3f} on average, and is by {errors['after']:.3f}.",
+            rows=found["rows"], temperature=found["temperature"], **errors,
+        )  # fmt: skip
 
 
 def split_rows(material: Material, report: Reporter) -> Splits:
