@@ -456,6 +456,109 @@ def _label(entry: str) -> dict[str, str]:
 
 
 @app.command()
+def compare(
+    spec: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            metavar="[SPEC.json]",
+            help="The body of POST /comparisons; a dataset may be named by id or by the path of a file to upload.",
+        ),
+    ] = None,
+    comparison_id: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--id", help="Look at one that was started before; several, on several data, are ranked together."
+        ),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ARM.OPTION=VALUE,VALUE,…: an arm for each value of a method's option; repeat it for a grid."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A directory for the table as .md, .csv, .tex and .json.")
+    ] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Also draw plots there, as .svg and .png.")] = False,
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """Run several methods and seeds on the same rows and labels, and print the table. Exit status as `watch`."""
+    from app import sweeps
+
+    if (spec is None) == (not comparison_id):
+        raise Mistake("give either a SPEC.json to start, or the --id of a comparison to look at")
+    if plots and output is None:
+        raise Mistake("--plots needs --output, the directory to draw into")
+    with _client(url, key) as client:
+        ids = comparison_id or []
+        if spec is not None:
+            wish = _read_spec(spec)
+            try:
+                wish["arms"] = sweeps.expand(wish.get("arms", []), sweep or [])
+            except ValueError as error:
+                raise Mistake(str(error)) from None
+            for part in (wish, *wish["arms"]):
+                upload_files(client, part, spec.parent)
+            made = client.compare(wish)
+            for warning in made["warnings"]:
+                err.print(escape(f"warning: {warning['message']}"))
+            err.print(made["id"])
+            ids = [made["id"]]
+        told = [_follow(client, each, output, plots) for each in ids]
+        if len(told) > 1:
+            _print_ranks(told)
+    raise typer.Exit(max(EXIT_CODES[each["status"]] for each in told))
+
+
+def _follow(client: Client, comparison_id: str, output: Path | None, plots: bool) -> dict[str, Any]:
+    """Show a comparison until it ends, then print its table and write what is wanted."""
+    from app.progress import ComparisonProgress, comparison_table
+
+    try:
+        with ComparisonProgress(err) as progress:
+            told = client.wait(comparison_id, progress.update)
+    except KeyboardInterrupt:
+        err.print(f"The comparison goes on; `understudy compare --id {comparison_id}` shows it again.")
+        raise
+    out.print(comparison_table(told))
+    if output is not None:
+        _write_comparison(client, told, output, plots)
+    return told
+
+
+def _write_comparison(client: Client, told: dict[str, Any], output: Path, plots: bool) -> None:
+    from app import tables
+    from app.plots import NoMatplotlib, draw
+
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / f"{told['id']}{suffix}" for suffix in (".md", ".csv", ".tex", ".json")]
+    for file, format in zip(files, tables.WRITERS, strict=False):
+        file.write_text(tables.WRITERS[format](told))
+    files[-1].write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    if plots:
+        metrics = {run["job_id"]: client.metrics(run["job_id"]) for arm in told["arms"] for run in arm["runs"]}
+        try:
+            files += draw(told, metrics, output / told["id"])
+        except NoMatplotlib as error:
+            raise Mistake(str(error)) from None
+    for file in files:
+        err.print(f"wrote {file}", markup=False)
+
+
+def _print_ranks(told: list[dict[str, Any]]) -> None:
+    """The average rank over several comparisons, of the arms that have a rank in each."""
+    ranks = [{arm["name"]: arm["rank"] for arm in each["arms"] if arm["rank"] is not None} for each in told]
+    everywhere = [name for name in ranks[0] if all(name in each for each in ranks)]
+    table = Table("arm", "average rank", title=f"over {len(told)} comparisons", title_justify="left")
+    for name in sorted(everywhere, key=lambda name: sum(each[name] for each in ranks)):
+        table.add_row(escape(name), f"{sum(each[name] for each in ranks) / len(ranks):.2f}")
+    out.print(table)
+
+
+@app.command()
 def jobs(
     status: Annotated[str | None, typer.Option(help="Only jobs of this status.")] = None,
     method: Annotated[str | None, typer.Option(help="Only jobs of this method.")] = None,

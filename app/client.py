@@ -186,20 +186,21 @@ class Client:
         return self._pages("/jobs", filters)
 
     def wait(
-        self, job_id: str, on_update: Callable[[dict[str, Any]], None] | None = None, *, every: float = 1.0
+        self, id: str, on_update: Callable[[dict[str, Any]], None] | None = None, *, every: float = 1.0
     ) -> dict[str, Any]:
-        """The job once it has succeeded, failed or been cancelled; `on_update` sees it after every look."""
+        """The job, or comparison, once it has succeeded, failed or been cancelled; `on_update` sees it at every look."""
+        look = self.comparison if id.startswith("cmp_") else self.job
         while True:
-            job = self.job(job_id)
+            found = look(id)
             if on_update is not None:
-                on_update(job)
-            if job["is_terminal"]:
-                return job
+                on_update(found)
+            if found["is_terminal"]:
+                return found
             time.sleep(every)
 
-    def cancel(self, job_id: str) -> dict[str, Any]:
-        """End a job."""
-        return self._json("POST", f"/jobs/{job_id}/cancel")
+    def cancel(self, id: str) -> dict[str, Any]:
+        """End a job, or every run of a comparison."""
+        return self._json("POST", f"/{'comparisons' if id.startswith('cmp_') else 'jobs'}/{id}/cancel")
 
     def pause(self, job_id: str) -> dict[str, Any]:
         """Hold a job."""
@@ -225,6 +226,26 @@ class Client:
     def samples(self, job_id: str, **filters: Any) -> Iterator[dict[str, Any]]:
         """The ledger, row by row. Filters: decision, label, order."""
         return self._pages(f"/jobs/{job_id}/samples", {"limit": 100, **filters})
+
+    # --- comparisons ---
+
+    def compare(self, spec: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+        """Start a comparison, or with `dry_run` learn what its runs would need."""
+        if dry_run:
+            return self._json("POST", "/comparisons", json=spec, params={"dry_run": "true"})
+        return self._json("POST", "/comparisons", json=spec, headers={"Idempotency-Key": secrets.token_hex(16)})
+
+    def comparison(self, comparison_id: str) -> dict[str, Any]:
+        """One comparison with its table."""
+        return self._json("GET", f"/comparisons/{comparison_id}")
+
+    def comparisons(self) -> Iterator[dict[str, Any]]:
+        """The comparisons, newest first, without their tables."""
+        return self._pages("/comparisons", {})
+
+    def table(self, comparison_id: str, format: str = "markdown") -> str:
+        """A comparison's table as `markdown`, `csv` or `latex`."""
+        return self._request("GET", f"/comparisons/{comparison_id}/table", params={"format": format}).text
 
     # --- checkpoints ---
 

@@ -8,8 +8,20 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
+
+from app import tables
 
 
 class JobProgress:
@@ -67,6 +79,74 @@ class JobProgress:
         if line != self._said:
             self._said = line
             self._console.print(f"{job['id']} {line}")
+
+
+class ComparisonProgress:
+    """A bar for each arm of a comparison, fed with the comparison as often as it is looked at.
+
+    Where there is no terminal, a line is printed each time a run ends.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: dict[str, TaskID] = {}
+        self._ended: set[str] = set()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> ComparisonProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, told: dict[str, Any]) -> None:
+        """Show the comparison as it is now."""
+        for arm in told["arms"]:
+            name = arm["name"]
+            if name not in self._bars:
+                self._bars[name] = self._progress.add_task(escape(name), total=1.0, note="")
+            done = sum(run["status"] == "succeeded" for run in arm["runs"])
+            note = f"{arm['status']} · {done} of {len(arm['runs'])} seeds"
+            if arm["macro_f1"]["mean"] is not None:
+                note += f" · macro-F1 {100 * arm['macro_f1']['mean']:.1f}"
+            self._progress.update(self._bars[name], completed=arm["progress"], note=note)
+            for run in arm["runs"]:
+                self._say(name, run)
+
+    def _say(self, name: str, run: dict[str, Any]) -> None:
+        if run["status"] not in ("succeeded", "failed", "cancelled") or run["job_id"] in self._ended:
+            return
+        self._ended.add(run["job_id"])
+        if run["error"]:
+            reason = f": {run['error']['message']} ({run['error']['code']})"
+            self._console.print(escape(f"{name}, seed {run['seed']} {run['status']}{reason}"))
+        elif not self._console.is_terminal:
+            self._console.print(escape(f"{name}, seed {run['seed']} {run['status']}"))
+
+
+def comparison_table(told: dict[str, Any]) -> Table:
+    """The table of a comparison for the terminal."""
+    table = Table(
+        title=told["name"] and escape(told["name"]),
+        caption=escape(tables.caption(told)),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for number, heading in enumerate(tables.headings(told)):
+        table.add_column(heading, justify="right" if number else "left")
+    for line in tables.rows(told):
+        table.add_row(*map(escape, line))
+    return table
 
 
 @contextmanager

@@ -254,7 +254,7 @@ class ComparisonBrief(Read):
     def facts(cls, comparison: Comparison) -> dict[str, Any]:
         """What is computed from the comparison's jobs."""
         jobs = comparison.jobs
-        ended = comparisons.status(jobs) in lifecycle.TERMINAL
+        ended = all(lifecycle.is_terminal(job) for job in jobs)
         return {
             **{name: getattr(comparison, name) for name in ("id", "name", "spec", "warnings", "created_at")},
             "metadata": comparison.metadata_,
@@ -274,7 +274,7 @@ class ComparisonBrief(Read):
 class ComparisonRead(ComparisonBrief):
     """A comparison with its table."""
 
-    labeling: LabelingRead
+    labeling: LabelingRead | None
     """Of the labels that the arms share; those of an arm with a teacher or rows of its own stand in its jobs."""
     teacher: TeacherScores | None
     arms: list[ArmRead]
@@ -284,12 +284,12 @@ class ComparisonRead(ComparisonBrief):
         """The comparison with what is computed from its jobs."""
         own = {arm["name"] for arm in comparison.spec["arms"] if arm["teacher"] is None and arm["dataset_id"] is None}
         jobs = comparison.jobs
-        labeled = next((job for job in jobs if job.arm in own), jobs[0])
+        labeled = next((job for job in jobs if job.arm in own), None)
         return cls.model_validate(
             {
                 **cls.facts(comparison),
                 **comparisons.table(storage, comparison),
-                "labeling": lifecycle.labeling_figures(session, labeled),
+                "labeling": labeled and lifecycle.labeling_figures(session, labeled),
             }
         )
 

@@ -136,6 +136,9 @@ def test_a_checkpoint_is_downloaded_and_unpacked(service: Service, job_id: str) 
         (["submit", "--dataset", "nowhere.jsonl"], "there is no file"),
         (["submit", "--dataset", "ds_" + "0" * 32, "--method", "magic"], "method"),
         (["submit", "broken.json"], "broken.json: "),
+        (["compare"], "give either a SPEC.json to start, or the --id"),
+        (["compare", "broken.json"], "broken.json: "),
+        (["compare", "--id", "cmp_nothing"], "error: There is nothing here under that id."),
         (["jobs", "--url", "http://127.0.0.1:1"], "error: no answer from http://127.0.0.1:1/"),
     ],
 )
@@ -148,6 +151,28 @@ def test_a_mistake_is_told_in_a_line_and_without_a_traceback(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_comparison_runs_prints_its_table_and_writes_it_with_plots(service: Service, job_id: str) -> None:
+    spec = tiny_spec("rows.jsonl") | {"test_dataset_id": "validation.jsonl", "name": "two [rules]", "seeds": [0]}
+    del spec["method"]
+    spec["arms"] = [{"name": "all", "method": {"kind": "no_selection"}}, {"name": "some", "method": {"kind": "random"}}]
+    (service.directory / "compare.json").write_text(json.dumps(spec))
+    done = service.run("compare", "compare.json", "--sweep", "some.ratio=0.2,0.5", "--output", "tables", "--plots")
+    assert done.returncode == 0, done.stderr
+    for line in ("all, seed 0 succeeded", "some ratio=0.2, seed 0 succeeded", "some ratio=0.5, seed 0 succeeded"):
+        assert line in done.stderr
+    assert "two [rules]" in done.stdout
+    told = json.loads(next((service.directory / "tables").glob("*.json")).read_text())
+    assert [arm["name"] for arm in told["arms"]] == ["all", "some ratio=0.2", "some ratio=0.5"]
+    assert f"{100 * told['arms'][2]['macro_f1']['mean']:.1f}" in done.stdout
+    for suffix, sign in ((".md", "| some ratio=0.5 |"), (".csv", "some ratio=0.5,random,"), (".tex", r"\toprule")):
+        assert sign in (service.directory / "tables" / f"{told['id']}{suffix}").read_text()
+    drawn = {path.name for path in (service.directory / "tables" / told["id"]).iterdir()}
+    assert {"score_by_share.svg", "selected_ratio.png"} <= drawn
+    again = service.run("compare", "--id", told["id"], "--id", told["id"])
+    assert again.returncode == 0, again.stderr
+    assert "average rank" in again.stdout
 
 
 def test_a_cancelled_job_ends_watch_with_2(service: Service, job_id: str) -> None:
