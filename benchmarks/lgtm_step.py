@@ -3,7 +3,8 @@
     python -m benchmarks.lgtm_step [--small] [--rounds 7] [--batch 32] [--length 64]
 
 A teacher of 12 layers and a student of 6, 384 wide as the bundled encoder (--small: 4 and 2 layers, 128 wide), on random
-tokens, in one process and in turn; medians over the rounds after one for warming up. `--small` is what `make bench` runs.
+tokens, in one process and in turn; medians over the rounds after one for warming up. On a CPU the seconds are those of the
+process, so that other work on the machine weighs little; on a GPU those of the clock. `--small` is what `make bench` runs.
 The authors' algorithm is benchmarks/plain_lgtm.py; tests/workers/test_lgtm_step.py shows that its gradients are ours.
 """
 
@@ -83,15 +84,16 @@ def _mean_of(count: int, step: Callable[[int], object]) -> Callable[[int], objec
 
 def measure(steps: dict[str, Callable[[int], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds a step, round by round, each contestant once a round; a step that answers a number made so many."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
-            began = time.perf_counter()
+            began = clock()
             made = step(number)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if number:
-                times[name].append((time.perf_counter() - began) / (made if isinstance(made, int) else 1))
+                times[name].append((clock() - began) / (made if isinstance(made, int) else 1))
     return times
 
 

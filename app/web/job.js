@@ -27,6 +27,7 @@ const ORDERS = {
   student_uncertainty: "student most sure first",
   "-selected": "most often selected first",
   selected: "least often selected first",
+  influence: "most harmful first (lgtm)",
 };
 
 /** Fill `main` with the job and keep it up to date until `signal` aborts. `attempt` runs what may be refused. */
@@ -281,6 +282,11 @@ function charts(series) {
     chart("Training loss", [series.line("train_loss", { label: "loss" })], { floor: 0 }),
     chart("Teacher's thresholds", teacher.lines, { ...share, note: teacher.note }),
     chart("Student's thresholds", student.lines, { floor: 0, note: `, in nats${student.note}` }),
+    ...(series.points.has("influence_mean") ? [chart("Influence", [
+      series.line("influence_p90", { label: "90th percentile" }),
+      series.line("influence_mean", { label: "mean" }),
+      series.line("influence_p10", { label: "10th percentile" }),
+    ])] : []),
     chart("Validation", [
       series.line("validation_macro_f1", { x: "epoch", label: "macro-F1", dots: true }),
       series.line("validation_accuracy", { x: "epoch", label: "accuracy", dots: true, dashed: true }),
