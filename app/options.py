@@ -305,6 +305,26 @@ class ProKT(TaughtTogether):
     kind: Literal["prokt"]
 
 
+class Online(TaughtTogether):
+    """Online distillation: teacher and student learn the labels and each other at the same time."""
+
+    kind: Literal["online"]
+    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
+
+
+class DML(TaughtTogether):
+    """Deep mutual learning: two peers learn the labels and each other, one after the other (1706.00384)."""
+
+    kind: Literal["dml"]
+    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the distance to the peer in the student's loss; the rest is cross-entropy with the label."""
+    teacher_distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The same in its peer's loss."""
+    zero_heads: bool = False
+    """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
+
+
 class TaughtByInfluence(TaughtTogether):
     """What LGTM adds to ProKT: rows held back for feedback, and how each row's influence on them steers the teacher."""
 
@@ -354,6 +374,8 @@ Method = Annotated[
     | CCKDTReg
     | EntropyScore
     | UNIXKD
+    | Online
+    | DML
     | ProKT
     | LGTM
     | LLKDLGTM,

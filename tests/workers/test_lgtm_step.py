@@ -19,7 +19,9 @@ from benchmarks.plain_lgtm import plain_step
 from tests.workers.pairs import CLASSES, TRAINING, batch, feedback, lgtm, optimizer, pair
 from workers.algorithms import influence as influences
 from workers.algorithms.distillation import LOSSES, ce, kl
+from workers.training.dml import learn_dml
 from workers.training.lgtm import along_direction, feedback_gradient, learn_lgtm, teacher_loss
+from workers.training.online import learn_online
 from workers.training.prokt import learn_prokt
 from workers.training.step import Batch, Pair, evaluating
 
@@ -383,6 +385,27 @@ def test_a_step_of_prokt_by_hand() -> None:
     assert of.teacher.weight.item() == pytest.approx(-0.3 + 0.2, abs=1e-6)
     assert sigmoid(0.5) > sigmoid(-0.1)
     assert of.student.weight.item() == pytest.approx(0.5 - 0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["online", "dml"])
+def test_a_step_of_online_distillation_and_of_mutual_learning_by_hand(kind: str) -> None:
+    """They differ where the teacher's step takes it past the student: the student then turns the other way."""
+    of = by_hand(student=-0.2)
+    learn = {"online": learn_online, "dml": learn_dml}[kind]
+    wish = {"kind": kind, "distillation_share": 1.0, "teacher_distillation_share": 0.4}
+    learned = learn(of, ONE_ROW, {"online": options.Online, "dml": options.DML}[kind].model_validate(wish), FREE)
+    p_s, p_t = sigmoid(-0.2), sigmoid(-0.3)
+    # Teacher: 0.4 (p_T - p_S) + 0.6 (p_T - 1) < 0, so + 0.2, from below the student to above it.
+    teacher_loss = 0.4 * divergence(p_s, p_t) - 0.6 * math.log(p_t)
+    assert of.teacher.weight.item() == pytest.approx(-0.3 + 0.2, abs=1e-6)
+    assert learned.figures["teacher_loss"] == pytest.approx(teacher_loss, rel=1e-6)
+    heard, step = {"online": (p_t, -0.1), "dml": (sigmoid(-0.1), 0.1)}[kind]
+    assert of.student.weight.item() == pytest.approx(-0.2 + step, abs=1e-6)
+    assert learned.loss == pytest.approx(divergence(heard, p_s), rel=1e-5)
+
+
+def divergence(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
 @pytest.mark.parametrize("mode", ["official", "weighted", "meta"])

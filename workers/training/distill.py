@@ -23,8 +23,10 @@ from app.options import OTHER_LEARNING_RATE, Method, Training
 from workers.algorithms import metrics
 from workers.algorithms.selection.rule import Selection, Signals, State
 from workers.reporter import Report, Stopped
+from workers.training.dml import dml_step
 from workers.training.evaluation import PredictionStopped, predict_probabilities
 from workers.training.lgtm import lgtm_step
+from workers.training.online import online_step
 from workers.training.prokt import prokt_step
 from workers.training.run import EpochCount, HeldOut, Interval, Pool, Progress, Run, make_rule
 from workers.training.step import Learned, Lesson, Step, backward_and_step, logits_by_length
@@ -145,7 +147,13 @@ def supervised_step(run: Run, pool: Pool, method: Method, training: Training, le
     return Learned(loss.item())
 
 
-STEPS: dict[str, Step] = {"prokt": prokt_step, "lgtm": lgtm_step, "llkd_lgtm": lgtm_step}
+STEPS: dict[str, Step] = {
+    "online": online_step,
+    "dml": dml_step,
+    "prokt": prokt_step,
+    "lgtm": lgtm_step,
+    "llkd_lgtm": lgtm_step,
+}
 """How the methods learn that do more than `supervised_step`, by kind."""
 
 
