@@ -2,13 +2,77 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
+EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,99}$")]
+
+
+class Endpoint(BaseModel):
+    """An OpenAI-compatible server that `endpoint` teachers may ask. Clients know its name and never see the rest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True)
+
+    base_url: str
+    """Where `/chat/completions` and `/completions` are, e.g. `https://api.openai.com/v1`."""
+    model: Annotated[str, Field(min_length=1)]
+    """The model to ask for, as the server names it."""
+    revision: str = ""
+    """Any text; change it when the model behind the name has changed, and nothing said before is used again."""
+    api_key: SecretStr | None = None
+    """Sent as `Authorization: Bearer`."""
+    api_key_env: str | None = None
+    """Instead of `api_key`: the environment variable of the labeling workers that holds it."""
+    mode: Literal["auto", "prompt_logprobs", "chat_logprobs", "label_only"] = "auto"
+    """How answers are read; `auto` asks the server what it can do, once."""
+    concurrency: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Requests at a time, of each labeling worker."""
+    requests_per_minute: Annotated[float, Field(gt=0)] | None = None
+    """Of each labeling worker."""
+    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """For one request, from its beginning to the end of its answer."""
+    price_per_million_input_tokens: Annotated[float, Field(ge=0)] | None = None
+    """In whatever currency the operator counts; jobs then tell what they cost."""
+    price_per_million_output_tokens: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_http_url(cls, value: str) -> str:
+        try:
+            url = httpx.URL(value)
+        except httpx.InvalidURL:
+            raise ValueError("is not a URL") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError("must be like https://host/v1")
+        if url.userinfo or url.query or url.fragment:
+            raise ValueError("carries credentials, a query or a fragment; give a key as api_key or api_key_env")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _has_one_key(self) -> Endpoint:
+        if self.api_key is not None and self.api_key_env is not None:
+            raise ValueError("give api_key or api_key_env, not both")
+        return self
+
+    def key(self) -> str | None:
+        """The key to send. Raises KeyError when `api_key_env` names a variable that is not set here."""
+        if self.api_key is not None:
+            return self.api_key.get_secret_value().strip() or None
+        return os.environ[self.api_key_env].strip() or None if self.api_key_env else None
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float | None:
+        """What so many tokens cost; null where the operator gave no price."""
+        prices = (self.price_per_million_input_tokens, self.price_per_million_output_tokens)
+        if prices == (None, None):
+            return None
+        return (input_tokens * (prices[0] or 0.0) + output_tokens * (prices[1] or 0.0)) / 1e6
 
 
 class Settings(BaseSettings):
@@ -20,6 +84,7 @@ class Settings(BaseSettings):
         env_parse_none_str="none",
         extra="ignore",
         use_attribute_docstrings=True,
+        hide_input_in_errors=True,
     )
 
     database_url: str = "postgresql+psycopg://understudy:understudy@localhost:5432/understudy"
@@ -35,6 +100,8 @@ class Settings(BaseSettings):
     """Directories with models a client may name (JSON list)."""
     allow_hub: bool = False
     """Whether models may be downloaded from the Hugging Face hub."""
+    endpoints: dict[EndpointName, Endpoint] = {}
+    """The servers that `endpoint` teachers may ask, by name (JSON object)."""
 
     max_upload_bytes: int = 5 * 1024 * MIB
     max_decompressed_bytes: int = 20 * 1024 * MIB

@@ -8,7 +8,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app import labels
+from app.config import settings
 from app.models import Job, JobPhase, LabelSet, LabelShard
+from app.options import EndpointTeacher, LLMTeacher
 from app.preflight import Plan
 from app.storage import Storage
 
@@ -16,6 +18,10 @@ CHARACTERS_PER_TOKEN = 4
 DEFAULT_LABEL_ROWS_PER_SECOND = 200.0
 DEFAULT_TRAIN_ROWS_PER_SECOND = 60.0
 MIN_MEASURED_ROWS = 100
+INSTRUCTION_LENGTH = 70
+"""Characters of the instruction that is used where the spec gives none."""
+ANSWER_TOKENS = 4
+"""Of a language model that answers with a label."""
 
 
 def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict[str, Any]:
@@ -39,6 +45,9 @@ def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict
             characters += sum(len(text) + len(pair or "") for text, pair in missing)
             if seen >= limit:
                 break
+    characters += to_label * _prompt_characters(plan)
+    questions = plan.spec.teacher.samples if isinstance(plan.spec.teacher, EndpointTeacher) else 1
+    tokens = 0 if free else characters * questions // CHARACTERS_PER_TOKEN
     label_rate, label_measured = _label_rate(session, plan.fingerprint)
     to_train, train_measured = training_seconds(session, plan)
     seconds = to_label / label_rate + to_train
@@ -46,7 +55,8 @@ def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict
         "rows": plan.datasets["train"].rows,
         "rows_to_label": to_label,
         "rows_cached": cached,
-        "teacher_tokens": 0 if free else characters // CHARACTERS_PER_TOKEN,
+        "teacher_tokens": tokens,
+        "cost": _cost(plan, tokens, to_label),
         "estimated_seconds": round(seconds, 1),
         "estimate_basis": "measured" if label_measured and train_measured else "default_rates",
         "labels": [label.name for label in plan.labels],
@@ -58,6 +68,24 @@ def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     """How long training will take, and whether that was measured on earlier jobs."""
     rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
     return plan.datasets["train"].rows * plan.spec.training.epochs / rate, measured
+
+
+def _cost(plan: Plan, tokens: int, rows: int) -> float | None:
+    """What an endpoint with a price would be paid; null for other teachers."""
+    teacher = plan.spec.teacher
+    if not isinstance(teacher, EndpointTeacher):
+        return None
+    return settings().endpoints[teacher.endpoint].cost(tokens, ANSWER_TOKENS * teacher.samples * rows)
+
+
+def _prompt_characters(plan: Plan) -> int:
+    """What a language model reads before each row: instruction, labels and examples; 0 for other teachers."""
+    teacher = plan.spec.teacher
+    if not isinstance(teacher, LLMTeacher):
+        return 0
+    written = [f"- {label.name}: {label.description or ''}" for label in plan.labels]
+    shown = [f"Text: {example.text} {example.text_pair or ''} Label: {example.label}" for example in teacher.examples]
+    return len("\n".join([teacher.instruction or INSTRUCTION_LENGTH * " ", *written, *shown]))
 
 
 def _label_rate(session: Session, fingerprint: str) -> tuple[float, bool]:

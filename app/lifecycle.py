@@ -24,7 +24,7 @@ from sqlalchemy import ColumnElement, Subquery, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app import webhooks
+from app import endpoints, webhooks
 from app.config import settings
 from app.errors import IllegalMove, NotFound
 from app.models import (
@@ -40,6 +40,7 @@ from app.models import (
     new_id,
     now,
 )
+from app.options import JobSpec, needs_confidence
 from app.preflight import Plan
 from app.queue import LABEL, TRAIN, enqueue_on_commit
 
@@ -101,12 +102,15 @@ def labeling_figures(session: Session, job: Job) -> dict[str, Any]:
     label_set = job.label_set
     counted = (LabelShard.rows_from_cache, LabelShard.rows_failed, LabelShard.tokens, LabelShard.tokens_saved)
     sums = [func.coalesce(func.sum(column), 0) for column in (*counted, LabelShard.seconds)]
-    *counts, seconds = session.execute(select(*sums).where(LabelShard.label_set_id == job.label_set_id)).one()
+    *counts, seconds, cost = session.execute(
+        select(*sums, func.sum(LabelShard.cost)).where(LabelShard.label_set_id == job.label_set_id)
+    ).one()
     return {
         "labels": [label["name"] for label in label_set.labels],
         "confidence_method": label_set.confidence_method,
         **{column.key: int(count) for column, count in zip(counted, counts, strict=True)},
         "seconds": round(seconds, 3),
+        "cost": None if cost is None else round(cost, 6),
         "teacher": label_set.report,
     }
 
@@ -541,16 +545,38 @@ def note_rows(session: Session, shard: LabelShard, start: int, stop: int) -> Non
         raise LeaseLost
 
 
-def release_shard(session: Session, shard: LabelShard) -> None:
-    """Give a shard back unfinished, without counting the attempt as a lost worker."""
+def release_shard(session: Session, shard: LabelShard, *, cost: float | None = None) -> None:
+    """Give a shard back unfinished, without counting the attempt as a lost worker. `cost`: of what was asked."""
+    spent = {} if cost is None else {"cost": func.coalesce(LabelShard.cost, 0.0) + cost}
     session.execute(
         update(LabelShard)
         .where(
             *_still_held(shard),
         )
-        .values(status="pending", lease_expires_at=None, worker=None, busy_start=None, busy_stop=None)
+        .values(status="pending", lease_expires_at=None, worker=None, busy_start=None, busy_stop=None, **spent)
         .execution_options(synchronize_session=False)
     )
+
+
+def note_teacher_away(session: Session, shard: LabelShard, reason: str) -> None:
+    """Tell that labeling waits for the teacher, once for each time it is away; the sweep calls workers again."""
+    for job in _waiting_for(session, shard.label_set_id, lock=True):
+        last = session.scalars(
+            select(JobEvent.type)
+            .where(JobEvent.job_id == job.id, JobEvent.type.in_(("teacher.away", "labeling.shard")))
+            .order_by(JobEvent.seq.desc())
+            .limit(1)
+        ).one_or_none()
+        if last != "teacher.away":
+            emit(session, job.id, "teacher.away", f"Labeling waits for the teacher: {reason}.", level="warning")
+
+
+def fail_for_want_of_confidence(session: Session, label_set_id: str) -> None:
+    """End the jobs on these labels whose method needs a confidence: the teacher turned out to give none."""
+    for job in _waiting_for(session, label_set_id, lock=True):
+        method = JobSpec.model_validate(job.spec).method
+        if needs_confidence(method):
+            _fail(session, job, "confidence_missing", endpoints.no_confidence(method.kind))
 
 
 def finish_shard(session: Session, shard: LabelShard, figures: dict[str, Any]) -> None:
@@ -558,12 +584,14 @@ def finish_shard(session: Session, shard: LabelShard, figures: dict[str, Any]) -
     waiting = _waiting_for(session, shard.label_set_id, lock=True)
     if not waiting:
         raise LeaseLost
+    cost = figures.get("cost")
+    spent = {} if cost is None else {"cost": func.coalesce(LabelShard.cost, 0.0) + cost}
     finished = session.execute(
         update(LabelShard)
         .where(
             *_still_held(shard),
         )
-        .values(status="done", lease_expires_at=None, **figures)
+        .values(status="done", lease_expires_at=None, **(figures | spent))
         .execution_options(synchronize_session=False)
     )
     if not finished.rowcount:  # type: ignore[attr-defined]

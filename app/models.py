@@ -196,6 +196,8 @@ class LabelShard(Base):
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     tokens_saved: Mapped[int] = mapped_column(BigInteger, default=0)
     seconds: Mapped[float] = mapped_column(Double, default=0.0)
+    cost: Mapped[float | None] = mapped_column(Double)
+    """In the operator's currency; null where the teacher has no price."""
 
     @property
     def key(self) -> str:
@@ -231,6 +233,18 @@ class Comparison(Base):
     warnings: Mapped[list[Any]] = mapped_column(default=list)
     created_at: Mapped[datetime] = mapped_column(default=now)
     jobs: Mapped[list[Job]] = relationship(order_by="Job.id", viewonly=True)
+
+
+class EndpointAbility(Base):
+    """What a worker has found out that an operator's endpoint can do."""
+
+    __tablename__ = "endpoint_abilities"
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    configuration: Mapped[str] = mapped_column(String(64))
+    """Hash of the settings it was found out with; with others it has to be found out again."""
+    ability: Mapped[dict[str, Any]]
+    found_at: Mapped[datetime]
 
 
 class Job(Base):

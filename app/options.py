@@ -135,6 +135,17 @@ class CausalLMTeacher(LLMTeacher):
     """`auto`: fp32 on a CPU, bf16 on a GPU, fp16 on one without bf16. `int8`, `int4`: with bitsandbytes, on a GPU."""
 
 
+class EndpointTeacher(LLMTeacher):
+    """A language model behind an OpenAI-compatible server that the operator has configured."""
+
+    kind: Literal["endpoint"]
+    endpoint: Annotated[Text, Field(min_length=1, max_length=100)]
+    """The name of one of the operator's endpoints; URLs and keys are never sent by clients."""
+    samples: Annotated[int, Field(ge=1, le=50)] = 1
+    """From 2 on: ask each row so many times at temperature 1 and take the shares of the answers as the distribution. For
+    servers that give no log-probabilities; it costs that many answers a row."""
+
+
 class DatasetTeacher(Options):
     """The dataset's own labels: a label, a label with a confidence, or the whole distribution of each row."""
 
@@ -143,7 +154,7 @@ class DatasetTeacher(Options):
     """The confidence of a row that has a label and nothing else; the rest is spread evenly over the other labels."""
 
 
-Teacher = Annotated[EmbeddingTeacher | DatasetTeacher | CausalLMTeacher, Field(discriminator="kind")]
+Teacher = Annotated[EmbeddingTeacher | DatasetTeacher | CausalLMTeacher | EndpointTeacher, Field(discriminator="kind")]
 
 
 # --- student --------------------------------------------------------------------------------------------------------
@@ -381,6 +392,13 @@ Method = Annotated[
     | LLKDLGTM,
     Field(discriminator="kind"),
 ]
+
+
+def needs_confidence(method: Method) -> bool:
+    """Whether a method looks at more of the teacher's answer than the label."""
+    if isinstance(method, LLKD):
+        return method.use_teacher_confidence or method.weighted
+    return not isinstance(method, NoSelection | Random | FreeMatch | SoftMatch | UNIXKD)
 
 
 # --- training, budget, webhook, the whole spec ----------------------------------------------------------------------

@@ -6,11 +6,20 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from app import labels, pretrained, webhooks
+from app import endpoints, labels, pretrained, webhooks
 from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
-from app.options import DatasetTeacher, JobSpec, Label, LLMTeacher, TaughtByEncoder, TaughtByInfluence
+from app.options import (
+    DatasetTeacher,
+    EndpointTeacher,
+    JobSpec,
+    Label,
+    LLMTeacher,
+    TaughtByEncoder,
+    TaughtByInfluence,
+    needs_confidence,
+)
 
 MIN_ROWS = 2
 SPLIT_FIELDS = {"train": "dataset_id", "validation": "validation_dataset_id", "test": "test_dataset_id"}
@@ -50,6 +59,8 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     warnings = _check_held_out(datasets, chosen, faults)
     _check_feedback(spec, faults)
     revision = _check_models(spec, settings, faults)
+    if isinstance(spec.teacher, EndpointTeacher):
+        revision = _check_endpoint(session, spec, spec.teacher, settings, faults)
     faults.refuse()
     for split, dataset in datasets.items():
         warnings += [{**warning, "split": split} for warning in dataset.warnings]
@@ -259,6 +270,24 @@ def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | No
                     f"{name!r} has {source.layers} layers; ask for at most that many, or leave num_layers out to keep all",
                 )  # fmt: skip
     return revision
+
+
+def _check_endpoint(
+    session: Session, spec: JobSpec, teacher: EndpointTeacher, settings: Settings, faults: Faults
+) -> str | None:
+    """What the labels will depend on, as far as it is known; a worker finds out the rest."""
+    endpoint = settings.endpoints.get(teacher.endpoint)
+    if endpoint is None:
+        offered = f"those are: {_some(settings.endpoints)}" if settings.endpoints else "there is none"
+        faults.note(
+            "/teacher/endpoint", "unknown_endpoint",
+            f"{teacher.endpoint!r} is not an endpoint that the operator has configured; {offered}",
+        )  # fmt: skip
+        return None
+    how = endpoints.reading(teacher, endpoint, endpoints.known(session, teacher.endpoint, endpoint))
+    if how == "none" and needs_confidence(spec.method):
+        faults.note("/method/kind", "confidence_missing", endpoints.no_confidence(spec.method.kind))
+    return endpoints.revision(endpoint, how)
 
 
 def _some(names: object) -> str:

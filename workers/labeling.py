@@ -10,7 +10,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from app.config import settings
 from app.db import AWAY, patiently, session_scope
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Dataset, Job, LabelSet, LabelShard
-from app.options import JobSpec, Label
+from app.options import JobSpec, Label, needs_confidence
 from app.storage import Storage, storage
 from workers.artifacts import read_rows
 from workers.failures import failure_of
 from workers.reporter import Heartbeat
 from workers.teachers import TEACHERS
-from workers.teachers.teacher import Row, Teacher
+from workers.teachers.endpoint import EndpointTeacher
+from workers.teachers.teacher import AskedToStop, Row, Teacher, TeacherAway
 
 log = structlog.get_logger()
 
@@ -91,10 +92,10 @@ def _fail_shard(shard: LabelShard, failure: WorkFailed) -> None:
 
 
 def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelShard, stopping: threading.Event) -> None:
-    """Label one shard and record it. Raises LeaseLost when it is no longer this worker's."""
+    """Label one shard and record it. Raises LeaseLost when it is not, or no longer, this worker's."""
     spec = JobSpec.model_validate(job.spec)
     names = [Label.model_validate(entry) for entry in label_set.labels]
-    teacher = teacher_for(spec, names, label_set.fingerprint)
+    answers: _Answers | None = None
 
     def renew() -> str | None:
         with session_scope() as session:
@@ -105,16 +106,34 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
         patiently(lambda session: lifecycle.note_rows(session, shard, shard.start + start, shard.start + stop))
 
     with Heartbeat(renew) as heartbeat:
-        rows = read_rows(storage(), dataset, shard.start, shard.stop)
-        began = time.perf_counter()
-        answers = _Answers(job.tenant, label_set.fingerprint, len(names), teacher)
-        for start, stop in _pieces(shard):
-            heartbeat.check()
-            if stopping.is_set():
-                patiently(lambda session: lifecycle.release_shard(session, shard))
-                raise LeaseLost
-            note(start, stop)
-            answers.add(rows[start:stop])
+
+        def should_stop() -> bool:
+            return heartbeat.lost.is_set() or stopping.is_set()
+
+        try:
+            teacher = _ready_teacher(spec, names, label_set, should_stop)
+            rows = read_rows(storage(), dataset, shard.start, shard.stop)
+            began = time.perf_counter()
+            answers = _Answers(job.tenant, label_set.fingerprint, len(names), teacher)
+            for start, stop in _pieces(shard):
+                heartbeat.check()
+                if stopping.is_set():
+                    raise AskedToStop
+                note(start, stop)
+                answers.add(rows[start:stop])
+        except (AskedToStop, TeacherAway) as reason:
+            if heartbeat.lost.is_set():
+                raise LeaseLost from None
+            away = str(reason) if isinstance(reason, TeacherAway) else None
+            cost = answers.cost if answers else None
+
+            def give_back(session: Session) -> None:
+                lifecycle.release_shard(session, shard, cost=cost)
+                if away is not None:
+                    lifecycle.note_teacher_away(session, shard, away)
+
+            patiently(give_back)
+            raise LeaseLost from None
         seconds = time.perf_counter() - began
         heartbeat.check()
         _store(storage(), shard, answers.table(shard.start))
@@ -145,6 +164,29 @@ def _pieces(shard: LabelShard) -> Iterator[tuple[int, int]]:
             stop = min(start + CHUNK_ROWS, count, suspect.start if start < suspect.start else count)
         yield start, stop
         start = stop
+
+
+def _ready_teacher(spec: JobSpec, names: list[Label], label_set: LabelSet, should_stop: Callable[[], bool]) -> Teacher:
+    """The job's teacher. An endpoint is asked what it can do before anything else: its labels' fingerprint holds that.
+
+    Raises WorkFailed, TeacherAway or AskedToStop.
+    """
+    global _loaded
+    teacher = teacher_for(spec, names, label_set.fingerprint)
+    if isinstance(teacher, EndpointTeacher):
+        teacher.should_stop = should_stop
+        fingerprint = labels.fingerprint(spec.teacher, names, teacher.revision)
+        if fingerprint != label_set.fingerprint:
+            with session_scope() as session:
+                session.get_one(LabelSet, label_set.id, with_for_update=True).fingerprint = fingerprint
+            label_set.fingerprint = fingerprint
+            _loaded = (fingerprint, teacher)
+        if teacher.confidence_method == "none":
+            with session_scope() as session:
+                lifecycle.fail_for_want_of_confidence(session, label_set.id)
+            if needs_confidence(spec.method):
+                raise AskedToStop
+    return teacher
 
 
 _loaded: tuple[str, Teacher] | None = None
@@ -179,9 +221,10 @@ class _Answers:
         self.tokens: list[int] = []
         self.errors: list[str | None] = []
         self.tokens_saved = 0
+        self.cost: float | None = None
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Answer a chunk of rows. What the teacher says is in the cache before this returns."""
+        """Answer a chunk of rows. What the teacher says is in the cache before this returns, or raises what ended it."""
         if not self.teacher.cacheable:
             labeled = self.teacher.label(list(rows))
             for position in range(len(rows)):
@@ -192,19 +235,25 @@ class _Answers:
         known = patiently(lambda session: labels.look_up(session, self.tenant, self.fingerprint, hashes))
         missing = {key: row for key, row in zip(hashes, rows, strict=True) if key not in known}
         asked: dict[bytes, tuple[np.ndarray, int]] = {}
-        errors: dict[bytes, str] = {}
+        errors: dict[bytes, tuple[str, int]] = {}
         if missing:
             labeled = self.teacher.label(list(missing.values()))
+            if labeled.cost is not None:
+                self.cost = (self.cost or 0.0) + labeled.cost
             for position, key in enumerate(missing):
                 if position in labeled.errors:
-                    errors[key] = labeled.errors[position]
-                else:
+                    errors[key] = (labeled.errors[position], int(labeled.tokens[position]))
+                elif position not in labeled.unasked:
                     asked[key] = (labeled.probabilities[position], int(labeled.tokens[position]))
             patiently(lambda session: labels.remember(session, self.tenant, self.fingerprint, asked))
+            if labeled.ended is not None:
+                raise labeled.ended
         paid: set[bytes] = set()
         for key in hashes:
             if key in errors:
-                self._append(None, "teacher", 0, errors[key])
+                reason, tokens = errors[key]
+                self._append(None, "teacher", 0 if key in paid else tokens, reason)
+                paid.add(key)
             elif key in asked and key not in paid:
                 paid.add(key)
                 self._append(*asked[key][:1], "teacher", asked[key][1], None)
@@ -225,10 +274,12 @@ class _Answers:
             "rows_failed": sum(error is not None for error in self.errors),
             "tokens": sum(self.tokens),
             "tokens_saved": self.tokens_saved,
+            "cost": self.cost,
         }
 
     def table(self, start: int) -> pa.Table:
-        confidences = [None if entry is None else float(entry.max()) for entry in self.probabilities]
+        sure = self.teacher.confidence_method != "none"
+        confidences = [float(entry.max()) if sure and entry is not None else None for entry in self.probabilities]
         columns = {
             "row": range(start, start + len(self.probabilities)),
             "probabilities": [None if entry is None else entry.tolist() for entry in self.probabilities],

@@ -354,7 +354,10 @@ def score(
             answered = ~teacher[:, 0].isnan()
             known = [name if ok else None for name, ok in zip(gold, answered.tolist(), strict=True)]
             if any(name is not None for name in known):
-                evaluation[split]["teacher"] = evaluate(teacher.nan_to_num(0.0), known, material.labels, seed)
+                scores = evaluate(teacher.nan_to_num(0.0), known, material.labels, seed)
+                if material.teacher_report["confidence_method"] == "none":
+                    scores["expected_calibration_error"] = None
+                evaluation[split]["teacher"] = scores
         if split == "test":
             asked = material.probabilities(split) if split in material.answers else None
             artifacts.write_predictions(files, job.id, gold, material.labels, predicted.numpy(), asked)

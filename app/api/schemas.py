@@ -91,6 +91,8 @@ class LabelingRead(Read):
     tokens: int
     tokens_saved: int
     seconds: float
+    cost: float | None
+    """What the endpoint's answers cost, in the operator's currency; null where it has no price."""
     teacher: dict[str, Any]
 
 
@@ -149,7 +151,9 @@ class DryRunRead(Read):
     """Train rows, and held-out rows where the teacher is scored on them, that the label cache lacks."""
     rows_cached: int
     teacher_tokens: int
-    """Tokens the teacher would read, estimated from the rows' lengths at four characters a token."""
+    """Tokens the teacher would read, estimated from the rows' and the prompt's lengths at four characters a token."""
+    cost: float | None
+    """What they would cost where the endpoint has a price, in the operator's currency."""
     estimated_seconds: float
     estimate_basis: str
     """`measured` when the rates are those of earlier jobs on this server, else `default_rates`."""

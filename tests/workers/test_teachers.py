@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from app import pretrained
-from app.options import CausalLMTeacher, DatasetTeacher, EmbeddingTeacher, Example, Label
+from app.config import settings
+from app.embedded import Embedded
+from app.options import CausalLMTeacher, DatasetTeacher, EmbeddingTeacher, EndpointTeacher, Example, Label
 from tests.llms import tiny_llama
+from tests.openai_server import ALTERNATIVES, World, serving
 from workers.teachers import TEACHERS, Row, Teacher, linear_head
 from workers.teachers.embedding import Encoder, pair_features
 from workers.teachers.linear_head import View
@@ -58,8 +62,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> pretrained.Source:
 
 
 @pytest.fixture(scope="session")
-def teachers(bundled: pretrained.Source, llama: pretrained.Source) -> dict[str, Teacher]:
+def endpoint(services: Embedded) -> Iterator[None]:
+    """The operator's endpoint `world`: a server that lists alternatives."""
+    with pytest.MonkeyPatch.context() as patch, serving(World(ALTERNATIVES)) as world:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr(settings(), "endpoints", {"world": world.endpoint()})
+        yield
+
+
+@pytest.fixture(scope="session")
+def teachers(bundled: pretrained.Source, llama: pretrained.Source, endpoint: None) -> dict[str, Teacher]:
     options = {
+        "endpoint": EndpointTeacher(kind="endpoint", endpoint="world"),
         "causal_lm": CausalLMTeacher(kind="causal_lm", model="llama"),
         "causal_lm, examples": CausalLMTeacher(
             kind="causal_lm", model="llama", examples=EXAMPLES, prior_correction=True
@@ -83,6 +97,7 @@ EVERY_KIND = pytest.mark.parametrize(
         "causal_lm, examples",
         "dataset",
         "embedding",
+        "endpoint",
         "embedding, examples",
         "embedding, pairs",
         "embedding, one example a label",

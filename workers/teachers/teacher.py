@@ -32,17 +32,34 @@ class Labeled:
     """(N,) int32; the tokens the teacher read for each row."""
     errors: dict[int, str]
     """Why a row could not be labeled, by its index."""
+    cost: float | None = None
+    """What these answers cost; null where the teacher has no price."""
+    unasked: frozenset[int] = frozenset()
+    """Rows without an answer or an error, because of what `ended` says; NaN in `probabilities`."""
+    ended: Exception | None = None
+    """What kept the teacher from going on: the rows that have an answer are kept, then this is raised."""
+
+
+class TeacherAway(Exception):
+    """The teacher cannot be asked for a while; the rows are to wait. The message has the reason."""
+
+
+class AskedToStop(Exception):
+    """The worker is stopping or has lost its shard, and the teacher has left the rest of the rows."""
 
 
 class Teacher(Protocol):
     """Made once for a job, then asked shard by shard; an answer depends on its own row alone."""
 
-    confidence_method: str
-    """How the probabilities came about, e.g. "cosine_softmax"."""
     cacheable: bool
     """Whether equal texts get equal answers, whatever dataset they stand in."""
 
     def __init__(self, options: Any, labels: list[Label], source: Source | None) -> None: ...
+
+    @property
+    def confidence_method(self) -> str:
+        """How the probabilities came about, e.g. "cosine_softmax"; "none": they are 1 at the label and say no more."""
+        ...
 
     def label(self, rows: list[Row]) -> Labeled: ...
 

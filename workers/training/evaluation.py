@@ -39,7 +39,8 @@ class Scores(TypedDict):
     accuracy_interval: tuple[float, float]
     macro_f1: float
     macro_f1_interval: tuple[float, float]
-    expected_calibration_error: float
+    expected_calibration_error: float | None
+    """None for a teacher that gives labels without a confidence."""
     per_class: dict[str, ClassScore]
 
 
