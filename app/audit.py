@@ -42,11 +42,14 @@ def outcome_of(status: int) -> str:
     return "done" if status < 400 else "refused" if status < 500 else "failed"
 
 
-def is_recorded(method: str, action: str | None, status: int) -> bool:
-    """Whether a request belongs in the log: all that may change something, and all that was denied."""
+def is_recorded(method: str, scope: str, action: str | None, status: int) -> bool:
+    """Whether a request belongs in the log: all that may change something, and all that was denied.
+
+    `scope` is what the route needs of a key: one that a reader may call, such as a prediction, changes nothing.
+    """
     if action is None:
         return False
-    if method in SAFE and action not in TELLING:
+    if (method in SAFE or scope == "read") and action not in TELLING:
         return status in DENIED and _denied.take()
     return status not in DENIED or _denied.take()
 

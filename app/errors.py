@@ -298,11 +298,13 @@ def install(app: FastAPI) -> None:
             return problem_response(
                 request, UnsupportedMedia("Send the body as JSON, with Content-Type: application/json.")
             )
-        faults = field_faults(error.errors())
+        found = error.errors()
+        faults = field_faults(found[:MAX_ERRORS])  # a body may have a hundred thousand
         first = faults[0]
         where = (first["pointer"] or "").lstrip("/") or "body"
         unreadable = any(fault["code"] == "json_invalid" for fault in faults)
-        problem = (BadRequest if unreadable else Unprocessable)(f"{where}: {first['message']}", errors=faults)
+        kind = BadRequest if unreadable else Unprocessable
+        problem = kind(f"{where}: {first['message']}", errors=faults, total_errors=len(found))
         problem.code = "invalid_json" if unreadable else "validation_error"
         return problem_response(request, problem)
 

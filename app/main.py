@@ -110,8 +110,9 @@ class RequestContext:
 
 async def _note(scope: Scope, headers: MutableHeaders, status: int) -> None:
     """Write the request into the audit log, where it belongs there."""
-    action, state = getattr(scope.get("route"), "name", None), scope["state"]
-    if state.get("changes_nothing") or not audit.is_recorded(scope["method"], action, status):
+    route, method, state = scope.get("route"), scope["method"], scope["state"]
+    action = getattr(route, "name", None)
+    if state.get("changes_nothing") or not audit.is_recorded(method, scope_needed(method, route), action, status):
         return
     made = headers.get("location", "").rpartition("/")[2]
     ids = list(scope.get("path_params", {}).values())

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from sqlalchemy import create_engine, text
 
 from app.embedded import free_port
 from tests.support import sentences, tiny_spec, wait_until
@@ -173,6 +174,41 @@ def test_a_comparison_runs_prints_its_table_and_writes_it_with_plots(service: Se
     again = service.run("compare", "--id", told["id"], "--id", told["id"])
     assert again.returncode == 0, again.stderr
     assert "average rank" in again.stdout
+
+
+def test_no_secret_stands_in_a_log_or_in_any_table_but_its_own(service: Service, job_id: str) -> None:
+    """After a real run: a job that was labeled and trained, and a webhook that was signed and sent in vain."""
+    key = (service.directory / "api-key").read_text().strip()
+    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {key}"}, timeout=30) as client:
+        secret = client.get("/webhooks/secret").json()["secret"]
+        made = client.post("/keys", json={"name": "of a test"}).json()["key"]
+        spec = client.get(f"/jobs/{job_id}").json()["spec"] | {"webhook": {"url": "https://hooks.invalid/told"}}
+        told = client.post("/jobs", json=spec).json()["id"]
+        assert client.post(f"/jobs/{told}/cancel").status_code == 202
+        wait_until(
+            lambda: bool((calls := client.get(f"/jobs/{told}/deliveries").json()["data"]) and calls[0]["last_error"]),
+            seconds=60, what="the webhook is tried",
+        )  # fmt: skip
+        client.get("/jobs", headers={"Authorization": f"Bearer {made}x"})
+        answers = [client.get(path).text for path in (f"/jobs/{job_id}", f"/jobs/{told}/events", "/keys", "/metrics")]
+    logs = {path.name: path.read_text(errors="replace") for path in (service.directory / "logs").iterdir()}
+    assert {"api.log", "scheduler.log", "worker-1.log"} <= set(logs)
+    assert '"request_id"' in logs["api.log"]
+    places = {**logs, "stderr": service.errors, "answers": "".join(answers), "tables": tables(service)}
+    for name, content in places.items():
+        for hidden in (key, made, secret.removeprefix("whsec_")):
+            assert hidden not in content, name
+
+
+def tables(service: Service) -> str:
+    """Every row of every table but the one that has to keep webhook secrets."""
+    engine = create_engine(service.children["api"].environ()["UNDERSTUDY_DATABASE_URL"])
+    with engine.connect() as connection:
+        names = connection.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")).all()
+        assert {"jobs", "audit_log", "api_keys", "webhook_secrets", "idempotency_keys"} <= set(names)
+        rows = [connection.execute(text(f"SELECT * FROM {name}")).all() for name in names if name != "webhook_secrets"]
+    engine.dispose()
+    return str(rows)
 
 
 def test_a_cancelled_job_ends_watch_with_2(service: Service, job_id: str) -> None:

@@ -6,11 +6,15 @@ import base64
 import hashlib
 import re
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
+from app.db import session_scope
 from app.main import create_app
+from app.models import AuditEntry
+from tests.support import serving
 
 EVERYWHERE = {
     "x-content-type-options": "nosniff",
@@ -37,6 +41,16 @@ def test_a_browser_that_came_by_https_is_told_to_stay_there_and_no_other(databas
     app = create_app()
     assert "max-age=" in TestClient(app, base_url="https://testserver").get("/").headers["strict-transport-security"]
     assert "strict-transport-security" not in TestClient(app).get("/").headers
+
+
+def test_behind_a_proxy_with_tls_the_proxy_s_word_counts(database: Engine) -> None:
+    from_outside = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.9"}
+    with serving() as url:
+        answer = httpx.post(f"{url}/jobs", headers=from_outside, content=b"{}")
+        assert "strict-transport-security" in answer.headers
+        assert "strict-transport-security" not in httpx.get(f"{url}/healthz").headers
+    with session_scope() as session:
+        assert session.scalars(select(AuditEntry.address)).all() == ["203.0.113.9"]
 
 
 def test_no_other_origin_is_let_in_by_default(client: TestClient) -> None:

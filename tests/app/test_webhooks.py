@@ -152,6 +152,41 @@ def test_a_call_carries_a_signature_that_the_tenants_secret_verifies_and_no_othe
         Webhook(secret).verify(body.replace(b"cancelled", b"succeeded"), headers)
 
 
+def test_for_a_grace_period_a_call_is_signed_with_the_new_secret_and_the_one_before(
+    client: TestClient, other_client: TestClient, receiver: Receiver
+) -> None:
+    old, other = (asks.get("/webhooks/secret").json()["secret"] for asks in (client, other_client))
+    rotated = client.post("/webhooks/secret/rotate", json={"grace_hours": 1})
+    assert rotated.status_code == 201
+    new = rotated.json()["secret"]
+    assert new == client.get("/webhooks/secret").json()["secret"] != old
+    assert other_client.get("/webhooks/secret").json()["secret"] == other, "another tenant's stays"
+    ended(receiver.url)
+    assert webhooks.deliver() == 1
+    headers, body = receiver.requests[0]
+    assert len(headers["webhook-signature"].split()) == 2
+    for secret in (old, new):
+        Webhook(secret).verify(body, headers)
+    with session_scope() as session:
+        session.execute(text("UPDATE webhook_secrets SET previous_until = now() WHERE tenant = 'alice'"))
+    ended(receiver.url)
+    assert webhooks.deliver() == 1
+    headers, body = receiver.requests[1]
+    Webhook(new).verify(body, headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(old).verify(body, headers)
+
+
+def test_a_secret_that_has_leaked_is_rotated_without_grace(client: TestClient, receiver: Receiver) -> None:
+    leaked = client.get("/webhooks/secret").json()["secret"]
+    client.post("/webhooks/secret/rotate", json={"grace_hours": 0})
+    ended(receiver.url)
+    assert webhooks.deliver() == 1
+    headers, body = receiver.requests[0]
+    with pytest.raises(WebhookVerificationError):
+        Webhook(leaked).verify(body, headers)
+
+
 def test_a_secret_is_made_once_per_tenant_whoever_asks_first(client: TestClient, other_client: TestClient) -> None:
     secrets = {answer.json()["secret"] for answer in in_threads(8, lambda _: client.get("/webhooks/secret"))}
     assert len(secrets) == 1
