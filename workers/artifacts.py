@@ -149,9 +149,11 @@ def _influence(happened: Ledger, labels: Sequence[str]) -> dict[str, Any]:
 
 def publish_checkpoint(
     files: Storage, job: Job, dataset: Dataset, student: Student, *, step: int, epoch: float, metrics: dict[str, Any],
-    evaluation: dict[str, Any], selection: dict[str, Any], teacher: dict[str, Any],
+    evaluation: dict[str, Any], selection: dict[str, Any], teacher: dict[str, Any], check: Callable[[], None],
 ) -> Checkpoint:  # fmt: skip
     """Pack the student as one tar and store it. The row that is returned is for the caller to add: file first.
+
+    `check` is called between the steps, which take long for a large student; what it raises ends the work.
 
     The tar holds, at its top, model.safetensors, config.json, the tokenizer, README.md (the model card), metrics.json,
     calibration.json and manifest.json with the SHA-256 of every other file.
@@ -161,6 +163,7 @@ def publish_checkpoint(
         folder = Path(place) / "checkpoint"
         folder.mkdir()
         save_student(student, folder)
+        check()
         facts = {
             "checkpoint_id": checkpoint_id, "job_id": job.id, "step": step, "epoch": epoch, "metrics": metrics,
             "evaluation": evaluation, "selection": selection, "teacher": teacher,
@@ -173,12 +176,15 @@ def publish_checkpoint(
         (folder / "README.md").write_text(model_card(facts, student.source))
         (folder / "manifest.json").write_text(json.dumps({"files": _digests(folder)}, indent=2) + "\n")
         digests = _digests(folder)
+        check()
         packed = Path(place) / "checkpoint.tar"
         _pack(folder, packed)
+        check()
         checkpoint = Checkpoint(
             id=checkpoint_id, tenant=job.tenant, job_id=job.id, step=step, epoch=epoch, metrics=metrics,
             bytes=packed.stat().st_size, sha256=sha256_of(packed), files=digests,
         )  # fmt: skip
+        check()
         files.put(checkpoint.key, packed)
     return checkpoint
 

@@ -152,10 +152,10 @@ def run_job(job: Job, report: Reporter) -> None:
     report.selection(run.progress.selection())
     try:
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
+        _publish(job, files, material, run, evaluation, report)
     except Stopped:
         save(run)
         raise
-    _publish(job, files, material, run, evaluation, report)
 
 
 def gather(job: Job, files: Storage) -> Material:
@@ -403,6 +403,7 @@ def _publish(
     checkpoint = artifacts.publish_checkpoint(
         files, job, material.datasets["train"], run.student, step=run.progress.best_step, epoch=run.progress.best_epoch,
         metrics=metrics, evaluation=evaluation, selection=run.progress.selection(), teacher=material.teacher_report,
+        check=report.check,
     )  # fmt: skip
     # At the step of the checkpoint they belong to: at the last step they would overwrite that epoch's own score.
     report.metrics(run.progress.best_step, run.progress.best_epoch, metrics)

@@ -83,15 +83,18 @@ def distill(
                 batch = order[progress.position : progress.position + training.batch_size]
                 rows = batch[~pool.barred[batch]]
                 teacher = pool.teacher[rows]
-                offered, run.rule_state = rule.offer(run.rule_state, teacher, subset[rows])
+                offered, rule_state = rule.offer(run.rule_state, teacher, subset[rows])
 
                 student_view = torch.full_like(teacher, 1.0 / len(labels))
                 if rule.needs_student and offered.any():
                     asked = rows[offered.numpy()]
-                    student_view[offered] = predict_probabilities(model, pool.tokens, asked, bf16=bf16)
+                    # A large batch takes long: a stop is noticed within it, and leaves the run as it was before the step.
+                    student_view[offered] = predict_probabilities(
+                        model, pool.tokens, asked, bf16=bf16, should_stop=_asking(report)
+                    )
 
                 signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
-                selection, run.rule_state = rule.select(run.rule_state, signals)
+                selection, run.rule_state = rule.select(rule_state, signals)
 
                 rate = learning_rate(progress.step, total_steps, training)
                 if selection.mask.any():
@@ -137,6 +140,16 @@ def distill(
     model.eval()
     report.flush()
     return run
+
+
+def _asking(report: Report) -> Callable[[], bool]:
+    """The report's question for predict_probabilities; Stopped and LeaseLost leave as they are."""
+
+    def should_stop() -> bool:
+        report.check()
+        return False
+
+    return should_stop
 
 
 def supervised_step(run: Run, pool: Pool, method: Method, training: Training, lesson: Lesson) -> Learned:
@@ -220,10 +233,7 @@ def _report_interval(
 def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
     """Look at the held-out rows; keep the weights when they are the best so far."""
 
-    def should_stop() -> bool:
-        report.check()
-        return False
-
+    should_stop = _asking(report)
     progress, model = run.progress, run.student.model
     probabilities = predict_probabilities(model, held_out.tokens, held_out.rows, should_stop=should_stop)
     gold = torch.from_numpy(held_out.gold)
