@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.algorithms import calibration
+from workers.algorithms import abstention, calibration
 from workers.algorithms.metrics import expected_calibration_error
 
 MIN_ROWS = 32
@@ -37,10 +37,10 @@ def measure(probabilities: NDArray[np.float32], gold: Sequence[str | None], labe
     even = torch.arange(len(known)) % 2 == 0
     after = torch.empty_like(before)
     for half in (even, ~even):
-        after[half] = calibration.scaled(before[half], calibration.fit_temperature(before[~half], truth[~half]))
+        after[half] = abstention.soften(before[half], _temperature(before[~half], truth[~half]))
     return {
         "rows": len(known),
-        "temperature": calibration.fit_temperature(before, truth),
+        "temperature": _temperature(before, truth),
         "before": _figures(before, truth),
         "after": _figures(after, truth),
         "per_class": _per_class(before, after, truth, labels),
@@ -54,7 +54,7 @@ def rescale(answers: pa.Table, temperature: float) -> pa.Table:
     if not valid.any():
         return answers
     given = np.asarray(column.drop_null().flatten(), np.float32).reshape(valid.sum(), -1)
-    scaled = calibration.scaled(torch.from_numpy(given.copy()), temperature).float().numpy()
+    scaled = abstention.soften(torch.from_numpy(given.copy()), temperature).float().numpy()
     distributions: list[list[float] | None] = [None] * len(valid)
     confidences: list[float | None] = [None] * len(valid)
     for row, distribution in zip(np.flatnonzero(valid), scaled, strict=True):
@@ -65,6 +65,11 @@ def rescale(answers: pa.Table, temperature: float) -> pa.Table:
             position, answers.schema.field(name), pa.array(values, answers.schema.field(name).type)
         )
     return answers
+
+
+def _temperature(probabilities: Tensor, truth: Tensor) -> float:
+    """Rounded, so that machines which differ in the last bits agree."""
+    return round(abstention.fit_temperature(probabilities, truth), 4)
 
 
 def _figures(probabilities: Tensor, truth: Tensor) -> dict[str, Any]:
