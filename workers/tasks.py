@@ -60,8 +60,7 @@ def train(job_id: str) -> None:
 
 
 def _in_turn(task: str, named: str | None = None) -> list[str]:
-    with session_scope() as session:
-        return lifecycle.in_turn(session, task, named)
+    return patiently(lambda session: lifecycle.in_turn(session, task, named))
 
 
 @contextmanager
