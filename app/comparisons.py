@@ -224,12 +224,15 @@ def table(storage: Storage, comparison: Comparison) -> dict[str, Any]:
     runs = {name: [job for job in jobs if job.arm == name] for name in names}
     ranks = _ranks(runs)
     return {
-        "teacher": _teacher(comparison, jobs),
+        "teacher": _teacher(
+            [job for arm in comparison.spec["arms"] if not arm["teacher"] for job in runs[arm["name"]]]
+        ),
         "arms": [
             {
                 **_row(name, runs[name]),
                 "method": arm["method"]["kind"],
                 "rank": ranks.get(name),
+                "teacher": _teacher(runs[name]) if arm["teacher"] else None,
                 "difference": None if name == names[0] else _difference(storage, runs[names[0]], runs[name]),
             }
             for name, arm in zip(names, comparison.spec["arms"], strict=True)
@@ -276,14 +279,11 @@ def _scores(job: Job, model: str) -> dict[str, Any] | None:
     return scores
 
 
-def _teacher(comparison: Comparison, jobs: Sequence[Job]) -> dict[str, Any] | None:
-    """The scores of the comparison's own teacher on the test set, once a run has looked at them."""
-    own = {arm["name"] for arm in comparison.spec["arms"] if arm["teacher"] is None}
-    for job in jobs:
-        scores = _scores(job, "teacher")
-        if job.arm in own and scores is not None:
-            return {name: scores[name] for name in ("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval")}
-    return None
+def _teacher(jobs: Sequence[Job]) -> dict[str, Any] | None:
+    """The scores on the test set of the teacher that these jobs have in common, once a run has looked at them."""
+    scores = next((scores for job in jobs if (scores := _scores(job, "teacher"))), None)
+    names = ("accuracy", "accuracy_interval", "macro_f1", "macro_f1_interval")
+    return scores and {name: scores[name] for name in names}
 
 
 def _ranks(runs: dict[str, list[Job]]) -> dict[str, float]:

@@ -27,9 +27,9 @@ def rows(told: Told) -> list[list[str]]:
     """The table's cells for reading: the teacher, then every arm; scores in per cent, figures without a value as –."""
     has_gpu = _has_gpu(told)
     lines = []
-    if teacher := told["teacher"]:
-        scores = [f"{100 * teacher[name]:.1f}" for name in ("accuracy", "macro_f1")]
-        lines.append(["Teacher", *scores] + [NOTHING] * (6 + has_gpu))
+    for name, teacher in teachers(told).items():
+        scores = [f"{100 * teacher[score]:.1f}" for score in ("accuracy", "macro_f1")]
+        lines.append([name, *scores] + [NOTHING] * (6 + has_gpu))
     for arm in told["arms"]:
         name = arm["name"] if arm["status"] == "succeeded" else f"{arm['name']} ({arm['status']})"
         line = [name, _spread(arm["accuracy"]), _spread(arm["macro_f1"]), _difference(arm["difference"])]
@@ -38,6 +38,12 @@ def rows(told: Told) -> list[list[str]]:
         memory = arm["gpu_memory_bytes"]
         lines.append(line + [_number(memory and memory / 2**30, ".1f")] * has_gpu)
     return lines
+
+
+def teachers(told: Told) -> dict[str, Told]:
+    """The scores of the comparison's teacher and of those that arms have of their own, by the name of their row."""
+    own = {f"Teacher of {arm['name']}": arm["teacher"] for arm in told["arms"]}
+    return {name: scores for name, scores in ({"Teacher": told["teacher"]} | own).items() if scores}
 
 
 def headings(told: Told) -> list[str]:
@@ -88,9 +94,9 @@ def comma_separated(told: Told) -> str:
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    if teacher := told["teacher"]:
-        scores = {f"{name}_mean": teacher[name] for name in ("accuracy", "macro_f1")}
-        writer.writerow({"arm": "Teacher", "method": "teacher", **scores})
+    for name, teacher in teachers(told).items():
+        scores = {f"{score}_mean": teacher[score] for score in ("accuracy", "macro_f1")}
+        writer.writerow({"arm": name, "method": "teacher", **scores})
     for arm in told["arms"]:
         line = {name: arm[name] for name in CSV_COLUMNS if name in arm} | {"arm": arm["name"]}
         line["runs"] = arm["macro_f1"]["runs"]

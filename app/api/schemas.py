@@ -186,6 +186,15 @@ class DifferenceRead(Read):
     macro_f1: IntervalRead
 
 
+class TeacherScores(Read):
+    """The teacher's own answers on the test set; intervals are 95 % bootstrap intervals."""
+
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    macro_f1: float
+    macro_f1_interval: tuple[float, float]
+
+
 class RunRead(Read):
     """One arm with one seed: a job."""
 
@@ -219,6 +228,8 @@ class ArmRead(Read):
     macro_f1: MeanRead
     rank: float | None
     """By macro-F1 among the arms, 1 the best, averaged over the seeds that every arm has finished."""
+    teacher: TeacherScores | None
+    """Of the arm's own teacher, where it has one that was asked about the test rows."""
     difference: DifferenceRead | None
     """Null for the first arm."""
     seen: float | None
@@ -227,15 +238,6 @@ class ArmRead(Read):
     seconds: float | None
     gpu_memory_bytes: int | None
     runs: list[RunRead]
-
-
-class TeacherScores(Read):
-    """The teacher's own answers on the test set; intervals are 95 % bootstrap intervals."""
-
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    macro_f1: float
-    macro_f1_interval: tuple[float, float]
 
 
 class ComparisonBrief(Read):

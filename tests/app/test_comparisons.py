@@ -408,10 +408,34 @@ def test_a_name_cannot_break_a_table() -> None:
     mean = {"mean": 0.5, "sd": None, "runs": 1}
     arm = {
         "name": "a|b & 50% \\_{x}", "method": "random", "status": "succeeded", "accuracy": mean, "macro_f1": mean, "rank": 1.0,
-        "difference": None, "seen": 10.0, "selected": 5.0, "share": 0.5, "seconds": 1.0, "gpu_memory_bytes": 2**30, "runs": [],
+        "difference": None, "teacher": None, "seen": 10.0, "selected": 5.0, "share": 0.5, "seconds": 1.0, "gpu_memory_bytes": 2**30, "runs": [],
     }  # fmt: skip
     told = {"teacher": None, "arms": [arm], "spec": {"seeds": [0]}}
     assert tables.markdown(told).splitlines()[2] == (
         r"| a\|b & 50% \\_{x} | 50.0 | 50.0 | – | 1.0 | 10 | 5 | 50.0 % | 1.0 | 1.0 |"
     )
     assert r"a|b \& 50\% \textbackslash{}\_\{x\} & 50.0" in tables.latex(told)
+
+
+def test_a_zero_shot_teacher_and_a_student_of_few_gold_labels_stand_in_the_same_table(client: TestClient) -> None:
+    # Labeled wrongly on purpose, so that this teacher's scores are not those of the zero-shot one.
+    examples = [{"text": row["text"], "label": LABELS[(LABELS.index(row["label"]) + 1) % 3]} for row in sentences(9, 8)]
+    few = [{"text": row["text"], "label": row["label"]} for row in sentences(12, 9)]
+    arms = [
+        ARMS[1],
+        {"name": "zero-shot", "method": {"kind": "no_selection"}, "teacher": {"kind": "embedding"}},
+        {"name": "gold", "method": {"kind": "no_selection"}, "teacher": {"kind": "dataset"}, "dataset_id": add_dataset(few)},
+    ]  # fmt: skip
+    made = started(client, teacher={"kind": "embedding", "examples": examples}, labels=LABELS, arms=arms, seeds=[0])
+    assert len({job_of(job_id).label_set_id for job_id in jobs_of(made)}) == 3
+    run_all(made)
+    told = look(client, made)
+    assert [arm["status"] for arm in told["arms"]] == ["succeeded"] * 3
+    own = [job_of(job_id).evaluation["test"]["teacher"] for job_id in jobs_of(made)]  # type: ignore[index]
+    assert told["teacher"]["macro_f1"] == own[0]["macro_f1"]
+    assert told["arms"][1]["teacher"]["macro_f1"] == own[1]["macro_f1"] != own[0]["macro_f1"]
+    assert (told["arms"][0]["teacher"], told["arms"][2]["teacher"], own[2]) == (None, None, None)
+    assert told["arms"][2]["seen"] == 11, "a tenth of the twelve rows is held back"
+    lines = client.get(f"/comparisons/{made['id']}/table").text.splitlines()
+    assert lines[2].startswith(f"| Teacher | {100 * own[0]['accuracy']:.1f} |")
+    assert lines[3].startswith(f"| Teacher of zero-shot | {100 * own[1]['accuracy']:.1f} |")
