@@ -87,6 +87,7 @@ def _job_spec(spec: ComparisonSpec, arm: Arm) -> JobSpec:
             **{name: whole[name] for name in shared},
             "labels": whole["labels"],
             "budget": whole["budget"],
+            "labeling": whole["labeling"],
             "dataset_id": arm.dataset_id or spec.dataset_id,
             "teacher": (arm.teacher or spec.teacher).model_dump(mode="json"),
             "method": arm.method.model_dump(mode="json"),

@@ -49,7 +49,10 @@ HELD = ("running", "pausing", "cancelling")
 """Statuses in which a worker may hold the job."""
 LABELED = ("queued", "running", "paused")
 """Statuses in which a shard that was claimed may be finished: a pause, and the wait after it, waste no labels."""
+WAITING = (Job.status.in_(LABELED), or_(Job.phase.is_(None), Job.phase == "labeling"))
+"""Of a job that needs labels and does not have all of them yet."""
 PHASE_WEIGHTS = {"labeling": 0.25, "training": 0.6, "evaluating": 0.1, "packaging": 0.05}
+FAILED_ROW_RETRIES = 1
 LABEL_MESSAGES = 16
 """At most this many workers are called to a labeling at once; more join through the sweep."""
 LONGEST_LINE = 50
@@ -101,8 +104,9 @@ def labeling_figures(session: Session, job: Job) -> dict[str, Any]:
     """What labeling has cost so far, added up over the job's shards by the database: there may be tens of thousands."""
     label_set = job.label_set
     counted = (LabelShard.rows_from_cache, LabelShard.rows_failed, LabelShard.tokens, LabelShard.tokens_saved)
-    sums = [func.coalesce(func.sum(column), 0) for column in (*counted, LabelShard.seconds)]
-    *counts, seconds, cost = session.execute(
+    timed = (LabelShard.seconds, LabelShard.seconds_saved)
+    sums = [func.coalesce(func.sum(column), 0) for column in (*counted, *timed)]
+    *counts, seconds, saved, cost = session.execute(
         select(*sums, func.sum(LabelShard.cost)).where(LabelShard.label_set_id == job.label_set_id)
     ).one()
     return {
@@ -111,8 +115,25 @@ def labeling_figures(session: Session, job: Job) -> dict[str, Any]:
         **{column.key: int(count) for column, count in zip(counted, counts, strict=True)},
         "seconds": round(seconds, 3),
         "cost": None if cost is None else round(cost, 6),
+        "seconds_saved": round(saved, 3),
+        **_labeling_pace(job),
+        "gate": label_set.gate,
         "teacher": label_set.report,
     }
+
+
+def _labeling_pace(job: Job) -> dict[str, float | None]:
+    """Rows a second of all workers together, from the first claim on; and seconds to go, while the job labels."""
+    phase = next((phase for phase in job.phases if phase.name == "labeling"), None)
+    pace: dict[str, float | None] = {"rows_per_second": None, "eta_seconds": None}
+    if phase is None or phase.started_at is None or phase.done == 0:
+        return pace
+    elapsed = ((phase.finished_at or now()) - phase.started_at).total_seconds()
+    if elapsed > 0:
+        pace["rows_per_second"] = round(phase.done / elapsed, 3)
+        if job.status == "running" and phase.finished_at is None:
+            pace["eta_seconds"] = round((phase.total - phase.done) * elapsed / phase.done, 1)
+    return pace
 
 
 # --- the record -----------------------------------------------------------------------------------------------------
@@ -409,16 +430,14 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
     Claiming the first shard starts the job. A shard that has lost `max_attempts` workers fails every job that waits
     for it.
     """
-    label_set_id = session.scalar(select(Job.label_set_id).where(Job.id == job_id))
-    waiting = _waiting_for(session, label_set_id, lock=True)
-    job = next((job for job in waiting if job.id == job_id and job.status in ("queued", "running")), None)
-    if job is None:
+    waiting = begin_labeling(session, job_id, worker)
+    if not waiting:
         return None
     _apply_budget(session, waiting)
     shard = session.scalars(
         select(LabelShard)
         .where(
-            LabelShard.label_set_id == job.label_set_id,
+            LabelShard.label_set_id == waiting[0].label_set_id,
             or_(
                 LabelShard.status == "pending",
                 (LabelShard.status == "claimed") & (LabelShard.lease_expires_at < func.now()),
@@ -428,20 +447,13 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
         .limit(1)
         .with_for_update(skip_locked=True)
     ).one_or_none()
-    if job.status == "queued" or job.phase is None:
-        job.status, job.phase = "running", "labeling"
-        job.started_at = job.started_at or now()
-        phase = session.get(JobPhase, (job.id, "labeling"))
-        if phase is not None and phase.started_at is None:
-            phase.started_at = now()
-            emit(session, job.id, "job.started", "A worker started labeling.", worker=worker)
     if shard is None:
         _advance_if_labeled(session, waiting)
         return None
     if shard.status == "claimed":
         shard.lost_workers += 1
         emit(
-            session, job.id, "worker.lost",
+            session, job_id, "worker.lost",
             f"A worker was lost while it labeled rows {shard.start} to {shard.stop - 1}; they are labeled again.",
             level="warning", worker=shard.worker, attempt=shard.attempt,
         )  # fmt: skip
@@ -451,8 +463,10 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
         return None
     shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
     shard.lease_expires_at = _lease()
+    if shard.answered_attempt is None:  # what an earlier attempt has done is counted again, from the cache
+        shard.rows_done, shard.tokens, shard.seconds = 0, 0, 0.0
     session.flush()
-    _take_turn(session, job.tenant, LABEL)
+    _take_turn(session, waiting[0].tenant, LABEL)
     return shard
 
 
@@ -467,6 +481,70 @@ def _suspects(shard: LabelShard) -> str:
     )
 
 
+def begin_labeling(session: Session, job_id: str, worker: str) -> list[Job]:
+    """The jobs that wait for the labels this job waits for, locked, and this one running; none when it does not wait."""
+    label_set_id = session.scalar(select(Job.label_set_id).where(Job.id == job_id))
+    waiting = _waiting_for(session, label_set_id, lock=True)
+    job = next((job for job in waiting if job.id == job_id and job.status in ("queued", "running")), None)
+    if job is None:
+        return []
+    if job.status == "queued" or job.phase is None:
+        job.status, job.phase = "running", "labeling"
+        job.started_at = job.started_at or now()
+        phase = session.get(JobPhase, (job.id, "labeling"))
+        if phase is not None and phase.started_at is None:
+            phase.started_at = now()
+            emit(session, job.id, "job.started", "A worker started labeling.", worker=worker)
+        session.flush()
+    return waiting
+
+
+def keep_labeling(session: Session, label_set_id: str) -> None:
+    """Raises LeaseLost when no job is to be labeled with these labels just now: paused, cancelled, or gone on."""
+    if not any(job.status in ("queued", "running") for job in _waiting_for(session, label_set_id)):
+        raise LeaseLost
+
+
+def pass_gate(session: Session, label_set_id: str, verdict: dict[str, Any]) -> None:
+    """Record what the first rows told of the teacher, once; the first worker to know says so."""
+    waiting = _waiting_for(session, label_set_id, lock=True)
+    label_set = session.get_one(LabelSet, label_set_id, with_for_update=True)
+    if label_set.gate is not None:
+        return
+    label_set.gate = verdict
+    facts = {name: value for name, value in verdict.items() if name != "message"}
+    for job in waiting:
+        emit(session, job.id, "labeling.gate", verdict["message"], **facts)
+
+
+def note_cost(session: Session, label_set_id: str, cost: float) -> None:
+    """Put what the gate's questions cost on the bill of the first shard."""
+    session.execute(
+        update(LabelShard)
+        .where(LabelShard.label_set_id == label_set_id, LabelShard.index == 0)
+        .values(cost=func.coalesce(LabelShard.cost, 0.0) + cost)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def fail_labeling(session: Session, label_set_id: str, code: str, message: str, **evidence: Any) -> None:
+    """End the jobs that wait for these labels."""
+    for job in _waiting_for(session, label_set_id, lock=True):
+        _fail(session, job, code, message, **evidence)
+
+
+def _count_rows(session: Session, label_set_id: str) -> None:
+    """Bring the labeling phase of the jobs that wait up to the rows that are done."""
+    done = select(func.coalesce(func.sum(LabelShard.rows_done), 0)).where(LabelShard.label_set_id == label_set_id)
+    waiting = select(Job.id).where(Job.label_set_id == label_set_id, *WAITING)
+    session.execute(
+        update(JobPhase)
+        .where(JobPhase.job_id.in_(waiting), JobPhase.name == "labeling")
+        .values(done=done.scalar_subquery())
+        .execution_options(synchronize_session=False)
+    )
+
+
 def _waiting_for(session: Session, label_set_id: str | None, *, lock: bool = False) -> list[Job]:
     """The jobs that need these labels and do not have all of them yet: one job, or several arms of a comparison.
 
@@ -474,38 +552,45 @@ def _waiting_for(session: Session, label_set_id: str | None, *, lock: bool = Fal
     """
     query = (
         select(Job)
-        .where(Job.label_set_id == label_set_id, Job.status.in_(LABELED), or_(Job.phase.is_(None), Job.phase == "labeling"))
+        .where(Job.label_set_id == label_set_id, *WAITING)
         .order_by(Job.id)
         .execution_options(populate_existing=True)
-    )  # fmt: skip
+    )
     return list(session.scalars(query.with_for_update(of=Job) if lock else query))
 
 
 def _apply_budget(session: Session, waiting: list[Job]) -> None:
     """Skip the train shards nobody has claimed once the budget is spent; the jobs go on with what is labeled."""
     job = waiting[0]  # arms of a comparison have one budget
-    budget = job.spec["budget"]
-    limits = {"max_teacher_tokens": LabelShard.tokens, "max_seconds": LabelShard.seconds}
-    for name, column in limits.items():
-        if (limit := budget.get(name)) is None:
-            continue
-        spent = session.scalar(select(func.sum(column)).where(LabelShard.label_set_id == job.label_set_id)) or 0
-        if spent < limit:
-            continue
+    for name, spent, limit in _spent_budgets(session, job):
         skipped = session.scalars(
             update(LabelShard)
             .where(
-                LabelShard.label_set_id == job.label_set_id, LabelShard.status == "pending", LabelShard.split == "train"
+                LabelShard.label_set_id == job.label_set_id, LabelShard.split == "train",
+                LabelShard.status.in_(("held", "pending")), LabelShard.answered_attempt.is_(None),
             )
             .values(status="skipped")
             .returning(LabelShard.stop - LabelShard.start)
             .execution_options(synchronize_session=False)
-        ).all()
+        ).all()  # fmt: skip
         for each in waiting if skipped else ():
             emit(
                 session, each.id, "budget.reached", level="warning", rows=sum(skipped),
                 message=f"budget.{name} is spent ({spent:g} of {limit:g}); {sum(skipped)} rows stay unlabeled and training goes on without them.",
             )  # fmt: skip
+
+
+def _spent_budgets(session: Session, job: Job) -> list[tuple[str, float, float]]:
+    """The limits that are reached: name, spent, limit."""
+    limits = {"max_teacher_tokens": LabelShard.tokens, "max_seconds": LabelShard.seconds}
+    reached = []
+    for name, column in limits.items():
+        if (limit := job.spec["budget"].get(name)) is None:
+            continue
+        spent = session.scalar(select(func.sum(column)).where(LabelShard.label_set_id == job.label_set_id)) or 0
+        if spent >= limit:
+            reached.append((name, spent, limit))
+    return reached
 
 
 def _still_held(shard: LabelShard) -> tuple[ColumnElement[bool], ...]:
@@ -518,19 +603,22 @@ def _still_held(shard: LabelShard) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def renew_shard(session: Session, shard: LabelShard) -> None:
-    """Keep a shard. Raises LeaseLost when it is another's now, or no job needs it any longer."""
+def renew_shard(session: Session, shard: LabelShard, so_far: dict[str, Any] | None = None) -> None:
+    """Keep a shard, and show its rows_done, tokens and seconds. Raises LeaseLost when it is another's now, or no job
+    needs it any longer."""
+    needed = select(Job.id).where(Job.label_set_id == shard.label_set_id, Job.status.in_(LABELED)).exists()
+    values: dict[str, Any] = {"lease_expires_at": _lease()}
+    if shard.answered_attempt is None:  # else its rows are counted already
+        values.update(so_far or {})
     renewed = session.execute(
         update(LabelShard)
-        .where(
-            *_still_held(shard),
-            select(Job.id).where(Job.label_set_id == shard.label_set_id, Job.status.in_(LABELED)).exists(),
-        )
-        .values(lease_expires_at=_lease())
+        .where(*_still_held(shard), needed)
+        .values(values)
         .execution_options(synchronize_session=False)
     )
     if not renewed.rowcount:  # type: ignore[attr-defined]
         raise LeaseLost
+    _count_rows(session, shard.label_set_id)
 
 
 def note_rows(session: Session, shard: LabelShard, start: int, stop: int) -> None:
@@ -558,9 +646,9 @@ def release_shard(session: Session, shard: LabelShard, *, cost: float | None = N
     )
 
 
-def note_teacher_away(session: Session, shard: LabelShard, reason: str) -> None:
+def note_teacher_away(session: Session, label_set_id: str, reason: str) -> None:
     """Tell that labeling waits for the teacher, once for each time it is away; the sweep calls workers again."""
-    for job in _waiting_for(session, shard.label_set_id, lock=True):
+    for job in _waiting_for(session, label_set_id, lock=True):
         last = session.scalars(
             select(JobEvent.type)
             .where(JobEvent.job_id == job.id, JobEvent.type.in_(("teacher.away", "labeling.shard")))
@@ -584,26 +672,26 @@ def finish_shard(session: Session, shard: LabelShard, figures: dict[str, Any]) -
     waiting = _waiting_for(session, shard.label_set_id, lock=True)
     if not waiting:
         raise LeaseLost
-    cost = figures.get("cost")
-    spent = {} if cost is None else {"cost": func.coalesce(LabelShard.cost, 0.0) + cost}
+    written = {name: value for name, value in figures.items() if value is not None}
+    if "cost" in written:
+        written["cost"] = func.coalesce(LabelShard.cost, 0.0) + written["cost"]
     finished = session.execute(
         update(LabelShard)
         .where(
             *_still_held(shard),
         )
-        .values(status="done", lease_expires_at=None, **(figures | spent))
+        .values(
+            status="done", lease_expires_at=None, answered_attempt=shard.attempt, rows_done=shard.stop - shard.start,
+            **written,
+        )
         .execution_options(synchronize_session=False)
-    )
+    )  # fmt: skip
     if not finished.rowcount:  # type: ignore[attr-defined]
         raise LeaseLost
-    session.execute(
-        update(JobPhase)
-        .where(JobPhase.job_id.in_([job.id for job in waiting]), JobPhase.name == "labeling")
-        .values(done=JobPhase.done + shard.stop - shard.start)
-        .execution_options(synchronize_session=False)
-    )
+    _count_rows(session, shard.label_set_id)
+    again = " again" if shard.answered_attempt is not None else ""
     for job in waiting:
-        emit(session, job.id, "labeling.shard", f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set are labeled.",
+        emit(session, job.id, "labeling.shard", f"Rows {shard.start} to {shard.stop - 1} of the {shard.split} set are labeled{again}.",
              split=shard.split, start=shard.start, stop=shard.stop, **figures)  # fmt: skip
         session.expire(job, ["event_seq"])
     _advance_if_labeled(session, waiting)
@@ -629,7 +717,7 @@ def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
         .select_from(LabelShard)
         .where(LabelShard.label_set_id == waiting[0].label_set_id, LabelShard.status.in_(("pending", "claimed")))
     )
-    if open_shards:
+    if open_shards or _try_failed_rows_again(session, waiting):
         return
     for job in waiting:
         if job.status == "paused":
@@ -640,6 +728,31 @@ def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
             phase.started_at, phase.finished_at = phase.started_at or now(), now()
         emit(session, job.id, "labeling.finished", "Every row is labeled.")
         enqueue_on_commit(session, TRAIN, job.id)
+
+
+def _try_failed_rows_again(session: Session, waiting: list[Job]) -> bool:
+    """Open the shards with failed rows once more, when all others are done; not for rows whose failure is the dataset's."""
+    job = waiting[0]
+    if job.spec["teacher"]["kind"] == "dataset" or _spent_budgets(session, job):
+        return False
+    failed = session.scalars(
+        update(LabelShard)
+        .where(
+            LabelShard.label_set_id == job.label_set_id, LabelShard.status == "done", LabelShard.rows_failed > 0,
+            LabelShard.retries < FAILED_ROW_RETRIES,
+        )
+        .values(status="pending", retries=LabelShard.retries + 1, worker=None)
+        .returning(LabelShard.rows_failed)
+        .execution_options(synchronize_session=False)
+    ).all()  # fmt: skip
+    if not failed:
+        return False
+    message = f"The teacher failed on {sum(failed)} rows; it is asked about them once more."
+    for each in waiting:
+        emit(session, each.id, "labeling.retry", message, level="warning", rows=sum(failed), shards=len(failed))
+        each.enqueued_at = now()
+    enqueue_on_commit(session, LABEL, job.id, copies=min(len(failed), LABEL_MESSAGES))
+    return True
 
 
 # --- training: one worker, one attempt ------------------------------------------------------------------------------
@@ -726,10 +839,10 @@ def fail(session: Session, job_id: str, code: str, message: str, *, attempt: int
     _fail(session, job, code, message)
 
 
-def _fail(session: Session, job: Job, code: str, message: str) -> None:
+def _fail(session: Session, job: Job, code: str, message: str, **evidence: Any) -> None:
     job.error = {"code": code, "message": message, "phase": job.phase}
     _end(session, job, "failed")
-    emit(session, job.id, "job.failed", message, level="error", code=code, phase=job.phase)
+    emit(session, job.id, "job.failed", message, level="error", code=code, phase=job.phase, **evidence)
 
 
 def _lost_a_worker(session: Session, job: Job) -> bool:

@@ -162,6 +162,8 @@ class LabelSet(Base):
     labels: Mapped[list[Any]]
     confidence_method: Mapped[str | None] = mapped_column(String(64))
     report: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    gate: Mapped[dict[str, Any] | None]
+    """What the first rows told of the teacher, once they have passed; see workers/gate.py."""
     created_at: Mapped[datetime] = mapped_column(default=now)
     shards: Mapped[list[LabelShard]] = relationship(order_by="LabelShard.index", viewonly=True)
 
@@ -171,7 +173,7 @@ class LabelShard(Base):
 
     __tablename__ = "label_shards"
     __table_args__ = (
-        CheckConstraint("status IN ('pending', 'claimed', 'done', 'skipped')", name="status"),
+        CheckConstraint("status IN ('held', 'pending', 'claimed', 'done', 'skipped')", name="status"),
         Index(
             "ix_label_shards_open", "label_set_id", "index", postgresql_where=text("status IN ('pending', 'claimed')")
         ),
@@ -183,26 +185,44 @@ class LabelShard(Base):
     split: Mapped[str] = mapped_column(String(16))
     start: Mapped[int] = mapped_column(BigInteger)
     stop: Mapped[int] = mapped_column(BigInteger)
+    wave: Mapped[int] = mapped_column(Integer, default=0)
+    """Shards of a wave that has not come yet are `held`; see options.Waves."""
     status: Mapped[str] = mapped_column(String(16), default="pending")
     attempt: Mapped[int] = mapped_column(Integer, default=0)
+    answered_attempt: Mapped[int | None] = mapped_column(Integer)
+    """The attempt whose file holds the answers; a shard that is claimed again for its failed rows keeps it meanwhile."""
+    retries: Mapped[int] = mapped_column(Integer, default=0)
+    """How often the shard was opened again for its failed rows."""
     lost_workers: Mapped[int] = mapped_column(Integer, default=0)
     lease_expires_at: Mapped[datetime | None]
     worker: Mapped[str | None] = mapped_column(String(200))
     busy_start: Mapped[int | None] = mapped_column(BigInteger)
     """With `busy_stop`: the rows its worker labels just now; of a lost worker, the rows it was lost at."""
     busy_stop: Mapped[int | None] = mapped_column(BigInteger)
+    rows_done: Mapped[int] = mapped_column(BigInteger, default=0)
+    """Rows answered so far, as counted in the job's phase."""
     rows_from_cache: Mapped[int] = mapped_column(BigInteger, default=0)
     rows_failed: Mapped[int] = mapped_column(BigInteger, default=0)
     tokens: Mapped[int] = mapped_column(BigInteger, default=0)
     tokens_saved: Mapped[int] = mapped_column(BigInteger, default=0)
     seconds: Mapped[float] = mapped_column(Double, default=0.0)
+    """Time the teacher took."""
+    seconds_saved: Mapped[float] = mapped_column(Double, default=0.0)
     cost: Mapped[float | None] = mapped_column(Double)
     """In the operator's currency; null where the teacher has no price."""
 
     @property
     def key(self) -> str:
-        """Where this shard's answers lie; the attempt is part of the name, so a late writer overwrites nothing."""
-        return f"labels/{self.label_set_id}/part-{self.index:06d}-{self.attempt}.parquet"
+        """Where this attempt's answers lie; the attempt is part of the name, so a late writer overwrites nothing."""
+        return self._key(self.attempt)
+
+    @property
+    def answers_key(self) -> str | None:
+        """Where the answers lie that count; None before there are any."""
+        return None if self.answered_attempt is None else self._key(self.answered_attempt)
+
+    def _key(self, attempt: int) -> str:
+        return f"labels/{self.label_set_id}/part-{self.index:06d}-{attempt}.parquet"
 
 
 class LabelCache(Base):
@@ -216,6 +236,42 @@ class LabelCache(Base):
     probabilities: Mapped[bytes] = mapped_column(LargeBinary)
     """The distribution over the labels as little-endian float32."""
     tokens: Mapped[int] = mapped_column(Integer, default=0)
+    seconds: Mapped[float] = mapped_column(Double, default=0.0)
+    """The row's share of the time the teacher took."""
+    bill: Mapped[str | None] = mapped_column(String(64))
+    """Who paid for the answer, `<label set>/<shard>` or `<label set>/gate`: after a crash it counts as paid, not as found."""
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class LabelClaim(Base):
+    """A text that a worker is asking a teacher about just now, so that nobody else does; see app/labels.py."""
+
+    __tablename__ = "label_claims"
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64), primary_key=True)
+    text_hash: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    expires_at: Mapped[datetime]
+    """By PostgreSQL's clock; from then on another may take the claim over."""
+
+
+class LabelSample(Base):
+    """A few texts that a dry run wants labeled now, to measure the teacher's pace; gone when the dry run has ended."""
+
+    __tablename__ = "label_samples"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    spec: Mapped[dict[str, Any]]
+    labels: Mapped[list[Any]]
+    texts: Mapped[list[Any]]
+    """Pairs of text and text_pair."""
+    worker: Mapped[str | None] = mapped_column(String(200))
+    """Null until a worker has taken it."""
+    figures: Mapped[dict[str, Any] | None]
+    """What was measured, once it has been."""
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
@@ -279,6 +335,8 @@ class Job(Base):
     arm: Mapped[str | None] = mapped_column(String(100))
     """The name of the comparison's arm that this job is a run of."""
     warnings: Mapped[list[Any]] = mapped_column(default=list)
+    waves: Mapped[list[Any]] = mapped_column(default=list)
+    """What each wave of labels has brought, for a job that labels in waves."""
     selection: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
     evaluation: Mapped[dict[str, Any] | None]

@@ -438,6 +438,13 @@ class Budget(Options):
     """Claim no further shard of train rows once labeling has taken this long, added up over all workers."""
 
 
+class Labeling(Options):
+    """How the teacher is asked."""
+
+    smoke_gate: bool = True
+    """Ask about the first rows first, and fail early when the teacher says the same of all or does not beat chance."""
+
+
 def _http_url(value: str) -> str:
     try:
         url = httpx.URL(value)
@@ -518,6 +525,7 @@ class JobSpec(Options):
     method: Method
     training: Annotated[Training, Field(validate_default=True)] = Training()
     budget: Budget = Budget()
+    labeling: Labeling = Labeling()
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     """What the student shall be right in, of the texts it does not abstain from. Null: the teacher's own accuracy on the
     validation set, or 0.9 where that is not known."""
@@ -568,6 +576,7 @@ class ComparisonSpec(Options):
     student: Student = Student()
     training: Training = Training()
     budget: Budget = Budget()
+    labeling: Labeling = Labeling()
     arms: Annotated[list[Arm], Field(min_length=2, max_length=64)]
     """The rows of the table; the others are compared with the first."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=20)] = [0, 1, 2]

@@ -167,12 +167,13 @@ def stored() -> dict[str, int]:
 
 
 def expire_leases() -> None:
-    """Let every lease have run out a second ago."""
+    """Let every lease and every claim on a text have run out a second ago."""
     with session_scope() as session:
         for table in ("jobs", "label_shards"):
             session.execute(
                 text(f"UPDATE {table} SET lease_expires_at = now() - interval '1 s' WHERE lease_expires_at IS NOT NULL")
             )
+        session.execute(text("UPDATE label_claims SET expires_at = now() - interval '1 s'"))
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:

@@ -281,6 +281,7 @@ OPTION_TABLES = {
     "`student`": options.Student,
     "`training`": options.Training,
     "`budget`": options.Budget,
+    "`labeling`": options.Labeling,
     "`webhook`": options.Webhook,
     "The comparison spec": options.ComparisonSpec,
     "`arms[]`": options.Arm,

@@ -91,6 +91,15 @@ class LabelingRead(Read):
     tokens: int
     tokens_saved: int
     seconds: float
+    """Time the teacher took, added up over all workers."""
+    seconds_saved: float
+    """Time it had taken for the answers that came from the cache."""
+    rows_per_second: float | None
+    """Rows of all workers together, from the first one on; null before there are any."""
+    eta_seconds: float | None
+    """Seconds of labeling to go at this pace; null when it is not labeling."""
+    gate: dict[str, Any] | None
+    """What the first rows told of the teacher; null before that, and without a gate."""
     cost: float | None
     """What the endpoint's answers cost, in the operator's currency; null where it has no price."""
     teacher: dict[str, Any]

@@ -208,7 +208,7 @@ def test_an_error_of_the_teacher_fails_the_job_with_its_reason(
 def test_a_labeler_that_is_overtaken_leaves_the_new_ones_answers_alone(
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = submit(spec(add_dataset(sentences(6, 1, labeled=False))))
+    job_id = submit(spec(add_dataset(sentences(6, 1, labeled=False)), labeling={"smoke_gate": False}))
     real = EmbeddingTeacher.label
 
     def overtaken(self: EmbeddingTeacher, rows: list[Row]) -> Any:
