@@ -398,7 +398,9 @@ def needs_confidence(method: Method) -> bool:
     """Whether a method looks at more of the teacher's answer than the label."""
     if isinstance(method, LLKD):
         return method.use_teacher_confidence or method.weighted
-    return not isinstance(method, NoSelection | Random | FreeMatch | SoftMatch | UNIXKD)
+    if isinstance(method, LLKDLGTM):
+        return method.selection.use_teacher_confidence
+    return not isinstance(method, NoSelection | Random | FreeMatch | SoftMatch | UNIXKD | TaughtByEncoder)
 
 
 # --- training, budget, webhook, the whole spec ----------------------------------------------------------------------

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import TypeAdapter
 
 from app.config import settings
+from app.options import Method, needs_confidence
 from tests.support import add_dataset, sentences, stored, tiny_spec
 
 LABELS = ["cooking", "sports", "weather"]
@@ -181,3 +183,18 @@ def test_a_local_directory_is_a_model_when_it_lies_under_a_root(
     (model / "config.json").write_text(json.dumps({"model_type": "roberta"}))
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     assert "only safetensors are read" in post(client, ids, {"student": {"model": "mine"}}).json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"),
+    [
+        ({"kind": "llkd"}, True),
+        ({"kind": "no_selection"}, False),
+        ({"kind": "prokt"}, False),
+        ({"kind": "lgtm"}, False),
+        ({"kind": "llkd_lgtm"}, True),
+        ({"kind": "llkd_lgtm", "selection": {"use_teacher_confidence": False}}, False),
+    ],
+)
+def test_a_method_that_only_learns_the_labels_needs_no_confidence(method: dict[str, Any], needs: bool) -> None:
+    assert needs_confidence(TypeAdapter(Method).validate_python(method)) == needs
