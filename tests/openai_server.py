@@ -40,6 +40,8 @@ class World:
         """Lets the requests that hang end."""
         self.answer_seconds = 0.0
         self.url = ""
+        self.complete = complete
+        """Answers `/completions`; a test may put a real model here."""
 
     def endpoint(self, **changes: Any) -> Endpoint:
         return Endpoint(**{"base_url": self.url, "model": "tiny", "timeout_seconds": 5.0, **changes})
@@ -191,7 +193,8 @@ class Handler(BaseHTTPRequestHandler):
         elif (wrong := refusal(self.world, self.path, body)) is not None:
             self.reply(wrong[0], {"error": {"message": wrong[1]}})
         else:
-            self.reply(200, (complete if self.path == "/v1/completions" else chat)(self.world, body))
+            world = self.world
+            self.reply(200, (world.complete if self.path == "/v1/completions" else chat)(world, body))
 
     def reply(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         self.send(status, json.dumps(body).encode(), {**self.world.headers, **(headers or {})})
