@@ -24,7 +24,9 @@ Item = TypeVar("Item")
 
 def fingerprint(teacher: Teacher, labels: Sequence[Label], revision: str | None) -> str:
     """A hash of all that an answer depends on besides the text: teacher options, model revision, label set."""
-    options = teacher.model_dump(mode="json", exclude={"score_held_out", "calibrate"})
+    options = teacher.model_dump(
+        mode="json", exclude={"score_held_out": True, "calibrate": True, "few_shot": {"dataset_id"}}
+    )
     parts = [options, revision, [label.model_dump(mode="json") for label in labels]]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 

@@ -85,13 +85,29 @@ class EmbeddingTeacher(Options):
         return value
 
 
+class FewShot(Options):
+    """Which examples a language model is shown."""
+
+    dataset_id: DatasetId | None = None
+    """Take the candidates from this labeled dataset, when the job is posted: its first rows of each label, 500 in all.
+    They take the place of the teacher's `examples`. Null: the candidates are the `examples` of the spec."""
+    how: Literal["balanced", "diverse", "similar"] = "balanced"
+    """`balanced`: labels in turn. `diverse`: far apart in meaning. `similar`: near to the row, by clusters of candidates."""
+    count: Annotated[int, Field(ge=1, le=100)] = 8
+    """Examples in a prompt."""
+    clusters: Annotated[int, Field(ge=2, le=64)] = 8
+    """`similar` only: how many prompts there are; each is read once and kept."""
+
+
 class LLMTeacher(Options):
     """What the teachers that prompt a language model have in common."""
 
     instruction: Annotated[Text, Field(min_length=1, max_length=20_000)] | None = None
     """What the model is told before the list of labels; null is a sentence that asks for the label alone."""
     examples: Annotated[list[Example], Field(max_length=500)] = []
-    """Few-shot examples, shown in this order."""
+    """Few-shot examples, shown in this order, or the candidates that `few_shot` chooses from."""
+    few_shot: FewShot | None = None
+    """How examples are chosen; null shows all of them."""
     verbalised: dict[Annotated[Text, Field(max_length=200)], Annotated[Text, Field(max_length=200)]] = {}
     """How a label is written in the prompt and in the answer, by its name; a label not named here is written as it is."""
     template: Literal["1"] = "1"
@@ -101,6 +117,13 @@ class LLMTeacher(Options):
     calibrate: Literal["auto", "never"] = "auto"
     """`auto`: with 32 labeled validation rows or more, scale the teacher's confidence by one temperature fitted on them.
     Labels in the cache stay what they are."""
+
+    @field_validator("few_shot")
+    @classmethod
+    def _has_candidates(cls, value: FewShot | None, known: ValidationInfo) -> FewShot | None:
+        if value is not None and value.dataset_id is None and not known.data.get("examples"):
+            raise ValueError("needs candidates: a `dataset_id` here, or `examples` beside it")
+        return value
 
     @field_validator("verbalised")
     @classmethod

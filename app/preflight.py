@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from app import endpoints, labels, pretrained, webhooks
+from app import endpoints, labels, pretrained, records, webhooks
 from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
 from app.options import (
     DatasetTeacher,
     EndpointTeacher,
+    Example,
     JobSpec,
     Label,
     LLMTeacher,
@@ -20,8 +21,13 @@ from app.options import (
     TaughtByInfluence,
     needs_confidence,
 )
+from app.storage import storage
 
 MIN_ROWS = 2
+MAX_CANDIDATES = 500
+CANDIDATE_ROWS = 20_000
+"""Rows that are looked through for examples; the dataset is meant to be small."""
+CANDIDATE_CHARACTERS = 4000
 SPLIT_FIELDS = {"train": "dataset_id", "validation": "validation_dataset_id", "test": "test_dataset_id"}
 
 
@@ -55,6 +61,7 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     faults = Faults()
     _check_webhook(spec, settings, faults)  # before the datasets are held: a name may take a while to resolve
     datasets = _datasets(session, tenant, spec, faults)
+    spec = _with_candidates(session, tenant, spec, datasets.get("train"), faults)
     chosen = _labels(spec, datasets.get("train"), faults)
     warnings = _check_held_out(datasets, chosen, faults)
     _check_feedback(spec, faults)
@@ -121,6 +128,54 @@ def _datasets(session: Session, tenant: str, spec: JobSpec, faults: Faults) -> d
             "/dataset_id", "text_pair_mismatch", f"only {with_pair} has text pairs; all datasets of a job must, or none"
         )
     return found
+
+
+def _with_candidates(session: Session, tenant: str, spec: JobSpec, train: Dataset | None, faults: Faults) -> JobSpec:
+    """The spec with the candidates for few-shot examples in it, so that nothing later depends on their dataset."""
+    few_shot = spec.teacher.few_shot if isinstance(spec.teacher, LLMTeacher) else None
+    if few_shot is None or few_shot.dataset_id is None:
+        return spec
+    where = "/teacher/few_shot/dataset_id"
+    dataset = session.get(Dataset, few_shot.dataset_id)
+    if dataset is None or dataset.tenant != tenant:
+        faults.note(
+            where,
+            "dataset_not_found",
+            f"there is no dataset {few_shot.dataset_id}; upload it with POST /datasets",
+        )
+    elif few_shot.dataset_id in (spec.validation_dataset_id, spec.test_dataset_id):
+        faults.note(
+            where, "same_dataset_twice", "examples from a set that scores the teacher would tell it the answers"
+        )
+    elif train is not None and dataset.has_text_pair != train.has_text_pair:
+        faults.note(where, "text_pair_mismatch", "either its rows or those to label are pairs; both must be, or none")
+    elif not (names := {label.name for label in spec.labels} & set(dataset.label_counts)):
+        faults.note(
+            where, "labels_differ", f"none of its labels ({_some(dataset.label_counts)}) is among the job's labels"
+        )
+    else:
+        teacher = spec.teacher.model_copy(update={"examples": _candidates(dataset, names)})
+        return spec.model_copy(update={"teacher": teacher})
+    return spec
+
+
+def _candidates(dataset: Dataset, names: set[str]) -> list[Example]:
+    """The first rows of each label, an even share of MAX_CANDIDATES; long texts are cut."""
+    with storage().open(dataset.key) as stream:
+        rows = records.read_rows(stream, 0, CANDIDATE_ROWS, columns=["text", "text_pair", "label"]).to_pylist()
+    share = max(1, MAX_CANDIDATES // len(names))
+    taken: dict[str, list[Example]] = {name: [] for name in sorted(names)}
+    for row in rows:
+        if row["label"] in taken and row["text"].strip() and len(taken[row["label"]]) < share:
+            pair = row["text_pair"]
+            taken[row["label"]].append(
+                Example(
+                    text=row["text"][:CANDIDATE_CHARACTERS],
+                    text_pair=None if pair is None else pair[:CANDIDATE_CHARACTERS],
+                    label=row["label"],
+                )
+            )
+    return [example for of_label in taken.values() for example in of_label][:MAX_CANDIDATES]
 
 
 def _labels(spec: JobSpec, train: Dataset | None, faults: Faults) -> list[Label]:

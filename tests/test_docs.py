@@ -283,6 +283,7 @@ OPTION_TABLES = {
     "`budget`": options.Budget,
     "`labeling`": options.Labeling,
     "`webhook`": options.Webhook,
+    "`few_shot`": options.FewShot,
     "The comparison spec": options.ComparisonSpec,
     "`arms[]`": options.Arm,
     **{f"`teacher`: `{kind}`": entry for kind, entry in TEACHER_KINDS.items()},

@@ -11,7 +11,10 @@ from fastapi.testclient import TestClient
 from pydantic import TypeAdapter
 
 from app.config import settings
+from app.db import session_scope
+from app.models import Job, LabelSet
 from app.options import Method, needs_confidence
+from tests.llms import tiny_llama
 from tests.support import add_dataset, sentences, stored, tiny_spec
 
 LABELS = ["cooking", "sports", "weather"]
@@ -43,6 +46,11 @@ def post(client: TestClient, ids: dict[str, str], change: dict[str, Any]) -> Any
         if field in spec:
             spec[field] = ids.get(spec[field], spec[field])
     return client.post("/jobs", json={name: value for name, value in spec.items() if value is not ...})
+
+
+def label_set_of(job_id: str) -> LabelSet:
+    with session_scope() as session:
+        return session.get_one(LabelSet, session.get_one(Job, job_id).label_set_id)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str, str]] = {
@@ -198,3 +206,66 @@ def test_a_local_directory_is_a_model_when_it_lies_under_a_root(
 )
 def test_a_method_that_only_learns_the_labels_needs_no_confidence(method: dict[str, Any], needs: bool) -> None:
     assert needs_confidence(TypeAdapter(Method).validate_python(method)) == needs
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A teacher that would do."""
+    tiny_llama(tmp_path / "llama")
+    monkeypatch.setattr(settings(), "model_roots", [tmp_path])
+    return {"kind": "causal_lm", "model": "llama"}
+
+
+def test_candidates_for_examples_come_from_a_dataset_and_stand_in_the_job(
+    client: TestClient, ids: dict[str, str], llama: dict[str, Any]
+) -> None:
+    llama["few_shot"] = {"dataset_id": ids["held_out"], "how": "similar"}
+    change = {"teacher": llama, "labels": LABELS}
+    job = post(client, ids, change).json()
+    examples = job["spec"]["teacher"]["examples"]
+    assert sorted(example["text"] for example in examples) == sorted(row["text"] for row in sentences(6, 3))
+    assert client.delete(f"/datasets/{ids['held_out']}").status_code == 204
+    again = client.post(
+        "/jobs", json=job["spec"] | {"teacher": llama | {"few_shot": {"how": "similar"}, "examples": examples}}
+    )
+    assert again.status_code == 202
+    prints = [label_set_of(answer["id"]).fingerprint for answer in (job, again.json())]
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "code"),
+    [
+        ("bobs", "dataset_not_found"), ("absent", "dataset_not_found"), ("foreign_labels", "labels_differ"),
+        ("unlabeled", "labels_differ"), ("pairs", "text_pair_mismatch"), ("held_out", "same_dataset_twice"),
+    ],
+)  # fmt: skip
+def test_candidates_that_would_not_do_are_refused(
+    client: TestClient, ids: dict[str, str], llama: dict[str, Any], dataset: str, code: str
+) -> None:
+    llama["few_shot"] = {"dataset_id": ids[dataset]}
+    answer = post(client, ids, {"teacher": llama, "labels": LABELS, "test_dataset_id": "held_out"})
+    assert answer.status_code == 422
+    assert [(fault["pointer"], fault["code"]) for fault in answer.json()["errors"]] == [
+        ("/teacher/few_shot/dataset_id", code)
+    ]
+
+
+def test_an_encoder_is_no_causal_language_model(client: TestClient, ids: dict[str, str]) -> None:
+    answer = post(client, ids, {"teacher": {"kind": "causal_lm", "model": "all-MiniLM-L6-v2"}, "labels": LABELS})
+    assert answer.status_code == 422
+    assert "name a causal language model" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("verbalised", "pointer", "code"),
+    [
+        ({"cinema": "film"}, "/teacher/verbalised", "unknown_label"),
+        ({"cooking": "sports"}, "/labels/1", "labels_written_alike"),
+    ],
+)
+def test_labels_must_be_written_apart(
+    client: TestClient, ids: dict[str, str], llama: dict[str, Any], verbalised: dict[str, str], pointer: str, code: str
+) -> None:
+    answer = post(client, ids, {"teacher": llama | {"verbalised": verbalised}, "labels": LABELS})
+    assert [(fault["pointer"], fault["code"]) for fault in answer.json()["errors"]] == [(pointer, code)]

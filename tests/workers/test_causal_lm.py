@@ -289,3 +289,20 @@ def test_numbers_that_are_not_finite_are_errors_of_their_rows(tmp_path: Path) ->
     assert "not finite" in answer.errors[4]
     assert np.isnan(answer.probabilities[4]).all()
     assert np.isfinite(np.delete(answer.probabilities, 4, axis=0)).all()
+
+
+def test_a_row_is_asked_under_the_prompt_of_its_cluster(tmp_path: Path) -> None:
+    candidates = [
+        Example(text=text, label="food") for text in ("Stir the soup", "Bake the bread", "The bank rose", "A loan")
+    ]
+    options = {"examples": candidates, "few_shot": {"how": "similar", "clusters": 2, "count": 1}}
+    teacher = make(tmp_path, **options)
+    rows = [Row("Fry the onions"), Row("He took a loan at the bank"), Row("Stir the soup")]
+    numbers = teacher._few_shot.assign([(row.text, None) for row in rows])
+    assert len(set(numbers)) == 2
+    answer = teacher.label(rows)
+    for position, (row, number) in enumerate(zip(rows, numbers, strict=True)):
+        question = teacher._few_shot.prompts[number].examples[0][0]
+        example = next(each for each in candidates if each.text in question)
+        alone = make(tmp_path, examples=[example]).label([row])
+        np.testing.assert_allclose(answer.probabilities[position], alone.probabilities[0], atol=1e-5)

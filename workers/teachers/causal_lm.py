@@ -24,9 +24,10 @@ from app.pretrained import Source
 from workers.algorithms import label_tree
 from workers.algorithms.label_tree import LabelTree
 from workers.teachers import prefix_attention
+from workers.teachers.few_shot import Prompts
 from workers.teachers.prefix_attention import Branches, CannotShare, SharedPrefix, read_prefix, sharing
 from workers.teachers.prompt_tokens import PROBES, PromptTokens, TextAndPair
-from workers.teachers.prompts import Prompt, build_prompt
+from workers.teachers.prompts import Prompt
 from workers.teachers.teacher import Labeled, Row
 
 log = structlog.get_logger()
@@ -60,8 +61,8 @@ class CausalLMTeacher:
         self.confidence_method = "label_likelihood"
         if options.prior_correction:
             self.confidence_method = "label_likelihood_prior_corrected"
-        prompts = [build_prompt(options, labels, options.examples)]
-        self._prompts = [_PromptReader(self.model, self._tokens_of(prompt)) for prompt in prompts]
+        self._few_shot = Prompts(options, labels)
+        self._prompts = [_PromptReader(self.model, self._tokens_of(prompt)) for prompt in self._few_shot.prompts]
         self._tokens_per_batch = TOKENS_PER_BATCH[self.model.device.type]
         self._priors: dict[tuple[int, bool], np.ndarray] = {}
         self._cut = 0
@@ -69,7 +70,7 @@ class CausalLMTeacher:
     def label(self, rows: list[Row]) -> Labeled:
         """Probabilities (N, C) for N rows; equal rows are read once."""
         texts = list(dict.fromkeys((row.text, row.text_pair) for row in rows))
-        probabilities, tokens = self._probabilities(texts, [0] * len(texts))
+        probabilities, tokens = self._probabilities(texts, self._few_shot.assign(texts))
         place = {text: number for number, text in enumerate(texts)}
         order = [place[row.text, row.text_pair] for row in rows]
         probabilities, tokens = probabilities[order], tokens[order]
@@ -82,7 +83,8 @@ class CausalLMTeacher:
         reader = self._prompts[0]
         return {
             "mode": "few_shot" if self._options.examples else "zero_shot",
-            "examples": len(self._options.examples),
+            "examples": len(self._few_shot.prompts[0].examples),
+            "prompts": len(self._prompts),
             "chat_template": reader.tokens.is_chat,
             "precision": str(self.model.dtype).removeprefix("torch."),
             "prompt_tokens": len(reader.tokens.prefix),

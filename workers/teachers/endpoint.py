@@ -29,7 +29,7 @@ from app.lifecycle import WorkFailed
 from app.options import Label
 from app.pretrained import Source
 from workers.teachers.endpoint_client import ATTEMPTS, EndpointClient, RowRefused
-from workers.teachers.prompts import build_prompt
+from workers.teachers.few_shot import Prompts
 from workers.teachers.teacher import AskedToStop, Labeled, Row
 
 LABELS_PER_REQUEST = 32
@@ -78,7 +78,8 @@ class EndpointTeacher:
                 f"This worker's settings have no endpoint {options.endpoint!r}; the operator has to configure server and workers alike.",
             )
         self._options, self._endpoint = options, endpoint
-        self._prompt = build_prompt(options, labels, options.examples)
+        self._prompts = Prompts(options, labels)
+        self._prompt = self._prompts.prompts[0]
         self._client = EndpointClient(options.endpoint, endpoint)
         self._loop = asyncio.Runner()
         with session_scope() as session:
@@ -189,7 +190,7 @@ class EndpointTeacher:
 
     async def _score_labels(self, row: Row, ability: Ability) -> Answer:
         """softmax over the labels of the mean log-probability of a label's tokens behind the prompt."""
-        prompt = self._prompt.text(row)
+        prompt = self._prompts.of(row.text, row.text_pair).text(row)
         texts = [f"{prompt} {answer}" for answer in self._prompt.answers]
         scored, usage = await self._echo(texts, ability)
         means = np.array([np.mean(values[-count:]) for values, count in zip(scored, self._label_tokens, strict=True)])
@@ -254,7 +255,12 @@ class EndpointTeacher:
     async def _chat(self, row: Row, ability: Ability, **more: Any) -> tuple[str, Usage, dict[str, Any]]:
         """The text of the model's answer, its price, and the whole choice."""
         longest = max(len(answer.encode()) for answer in self._prompt.answers) + 2
-        body = chat_body(self._endpoint, self._prompt.messages(row), ability, min(longest, LONGEST_ANSWER_TOKENS))
+        body = chat_body(
+            self._endpoint,
+            self._prompts.of(row.text, row.text_pair).messages(row),
+            ability,
+            min(longest, LONGEST_ANSWER_TOKENS),
+        )
         answer = await self._client.post("/chat/completions", body | more)
         choice = first_choice(answer)
         return str(choice.get("message", {}).get("content") or ""), usage_of(answer), choice
