@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo test check lint types contracts bench clean
+.PHONY: help install demo test check lint types contracts soak fuzz bench clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -33,6 +33,12 @@ contracts: .venv/installed   ## import-linter
 	$(BIN)/lint-imports
 
 check: lint types contracts test   ## what CI runs
+
+soak: .venv/installed   ## jobs under 50 kills, lost parts and a cut network, then the audit: about 10 minutes
+	$(BIN)/python -m tests.faults.soak --kills 50 --seconds 840
+
+fuzz: .venv/installed   ## every operation of the API with 100 requests each, good and bad
+	FUZZ_EXAMPLES=100 $(BIN)/python -m pytest tests/app/test_fuzz.py tests/app/test_records_fuzz.py tests/app/test_life_cycle_machine.py --timeout 3600
 
 bench: .venv/installed   ## every benchmark: ratios of two things run in turn
 	$(BIN)/python -m benchmarks.run

@@ -18,7 +18,10 @@ celery = Celery("understudy", broker=settings().redis_url, include=["workers.tas
 configure(celery)
 celery.conf.update(
     task_queues=None,
-    worker_prefetch_multiplier=1,
+    # No limit, and still one at a time, because the solo pool runs a message before it fetches the next. With a limit of
+    # one, a message whose acknowledgement fails, as Redis was killed meanwhile, counts as held for ever: the worker would
+    # stay connected and never fetch another.
+    worker_prefetch_multiplier=0,
     # Acknowledged when received: a training may run for days, and the lease, not the broker, brings it back.
     task_acks_late=False,
     worker_hijack_root_logger=False,

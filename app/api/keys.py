@@ -45,7 +45,7 @@ class KeyCreate(Options):
 class KeyRotate(Options):
     """How long the old key goes on working."""
 
-    grace_hours: Annotated[float, Field(ge=0, le=keys.LONGEST_GRACE_HOURS)] = keys.GRACE_HOURS
+    grace_hours: Annotated[float, Field(ge=0, le=keys.LONGEST_GRACE_HOURS, strict=True)] = keys.GRACE_HOURS
 
 
 class KeyRead(Read):

@@ -27,7 +27,7 @@ class SecretRead(Read):
 class SecretRotate(Options):
     """How long the old secret goes on signing."""
 
-    grace_hours: Annotated[float, Field(ge=0, le=webhooks.LONGEST_GRACE_HOURS)] = webhooks.GRACE_HOURS
+    grace_hours: Annotated[float, Field(ge=0, le=webhooks.LONGEST_GRACE_HOURS, strict=True)] = webhooks.GRACE_HOURS
 
 
 class SecretRotated(SecretRead):

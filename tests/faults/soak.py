@@ -38,12 +38,12 @@ class Rain:
         self.kills = 0
         self.done: Counter[str] = Counter()
         self.faults: list[tuple[int, str, Callable[[], None]]] = [
-            (10, "worker killed", self.kill_worker),
-            (2, "API killed", lambda: self.kill(service.api)),
-            (2, "scheduler killed", lambda: self.kill(service.scheduler)),
-            (3, "Redis killed with all it held", lambda: self.kill(service.redis)),
+            (12, "worker killed", self.kill_worker),
+            (3, "API killed", lambda: self.kill(service.api)),
+            (3, "scheduler killed", lambda: self.kill(service.scheduler)),
+            (4, "Redis killed with all it held", lambda: self.kill(service.redis)),
             (2, "Redis emptied", lambda: service.broker.flushall()),
-            (2, "PostgreSQL stopped at once and started again", self.kill_postgres),
+            (4, "PostgreSQL stopped at once and started again", self.kill_postgres),
             (2, "worker stopped past its lease, then let go on", self.freeze_worker),
             (2, "connections to PostgreSQL reset", lambda: service.database_network.reset()),
             (2, "connections to Redis reset", lambda: service.broker_network.reset()),
@@ -186,7 +186,7 @@ def soak(
     deadline = time.monotonic() + seconds
     while rain.kills < kills and time.monotonic() < deadline:
         work.tend()
-        time.sleep(luck.uniform(0.2, 3.0))
+        time.sleep(luck.uniform(0.2, 2.0))
         rain.one()
     work.drain()
     with service.session() as session:
@@ -200,7 +200,7 @@ def main() -> None:
         "--seconds", type=float, default=600, help="when to stop whether or not there were so many kills"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--keep", action="store_true", help="leave the directory with logs and files")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="understudy-soak-"))

@@ -1,0 +1,54 @@
+"""Every operation of the OpenAPI document, called with what its schema allows and with what it forbids.
+
+Whatever is sent: no 5xx, no status, header or body that the document does not tell. `make fuzz` runs this; the number of
+requests an operation gets is FUZZ_EXAMPLES, and without it the test is skipped, because it takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, assume, settings
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+from sqlalchemy import Engine
+
+from app.main import create_app
+from tests.support import add_dataset, new_key, sentences, submit, tiny_spec
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+
+UNKNOWN = "x-schemathesis-unknown-property"
+"""A header nobody reads is no fault of a request, whatever the document does not name."""
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", create_app())
+
+
+@pytest.fixture
+def known(database: Engine) -> dict[str, str]:
+    """Path parameters that lead somewhere, and a key: without them almost every answer would be 404 or 401."""
+    dataset_id = add_dataset(sentences(12, 1))
+    job_id = submit(tiny_spec(dataset_id))
+    return {"key": new_key("alice"), "dataset_id": dataset_id, "job_id": job_id}
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="`make fuzz` runs this")
+@schema.parametrize()
+@settings(
+    max_examples=max(1, EXAMPLES), deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+def test_every_answer_is_one_that_the_document_tells(case: Any, known: dict[str, str]) -> None:
+    for name, value in (case.path_parameters or {}).items():
+        # Every other time the id of something that is there.
+        if name in known and len(str(value)) % 2:
+            case.path_parameters[name] = known[name]
+    assume(UNKNOWN not in {name.lower() for name in case.headers or {}})
+    answer = case.call(headers={"Authorization": f"Bearer {known['key']}"})
+    # No schema tells which rows a file holds, or whether labels and datasets fit each other.
+    excluded = [positive_data_acceptance]
+    if answer.status_code in (413, 415):  # refused before anything looked at what is wrong with it
+        excluded.append(negative_data_rejection)
+    case.validate_response(answer, excluded_checks=excluded)
