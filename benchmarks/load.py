@@ -74,7 +74,11 @@ async def measure(service: Service, directory: Path, pollers: int, streams: int,
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/"), 60)
         headers = {"Authorization": f"Bearer {service.key}"}
         job_url = f"http://127.0.0.1:{service.port}/jobs/{job_id}"
-        listeners = [asyncio.create_task(listen(f"{job_url}/events", headers)) for _ in range(streams)]
+        client = httpx.AsyncClient(timeout=None, trust_env=False, headers=headers, limits=httpx.Limits())
+        listening = asyncio.Semaphore(0)
+        listeners = [asyncio.create_task(listen(client, f"{job_url}/events", listening)) for _ in range(streams)]
+        for _ in listeners:
+            await asyncio.wait_for(listening.acquire(), 60)
         rates: dict[str, list[float]] = {"GET /jobs/{id}": [], "a bare handler": []}
         slowest: dict[str, list[float]] = {name: [] for name in rates}
         statuses: Counter[int] = Counter()
@@ -116,15 +120,13 @@ async def load(url: str, headers: dict[str, str], pollers: int, seconds: float) 
     """Seconds of each answer, and how often each status came, when `pollers` ask again as soon as they are answered."""
     waits: list[float] = []
     statuses: Counter[int] = Counter()
-    until = time.monotonic() + seconds
     host, _, path = url.removeprefix("http://").partition("/")
     address, _, port = host.partition(":")
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     request = f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n{lines}\r\n".encode()
 
-    async def poll() -> None:
+    async def poll(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # A hand-made client: httpx would take more of the processor than the server.
-        reader, writer = await asyncio.open_connection(address, int(port))
         while time.monotonic() < until:
             began = time.perf_counter()
             writer.write(request)
@@ -135,18 +137,17 @@ async def load(url: str, headers: dict[str, str], pollers: int, seconds: float) 
             statuses[int(head[9:12])] += 1
         writer.close()
 
-    await asyncio.gather(*(poll() for _ in range(pollers)))
+    connections = [await asyncio.open_connection(address, int(port)) for _ in range(pollers)]
+    until = time.monotonic() + seconds
+    await asyncio.gather(*(poll(*connection) for connection in connections))
     return waits, statuses
 
 
-async def listen(url: str, headers: dict[str, str]) -> None:
+async def listen(client: httpx.AsyncClient, url: str, listening: asyncio.Semaphore) -> None:
     """Follow a job's events until the stream ends."""
-    accept = {**headers, "Accept": "text/event-stream"}
-    async with (
-        httpx.AsyncClient(timeout=None, trust_env=False) as client,
-        client.stream("GET", url, headers=accept) as answer,
-    ):
+    async with client.stream("GET", url, headers={"Accept": "text/event-stream"}) as answer:
         answer.raise_for_status()
+        listening.release()
         async for _ in answer.aiter_lines():
             pass
 
