@@ -1,6 +1,6 @@
 """Rows a second of the causal_lm teacher beside the ways that are at hand, on one model in one run.
 
-    python -m benchmarks.labeling [--rows 48] [--rounds 3] [--layers 6] [--width 512]
+    python -m benchmarks.labeling [--rows 48] [--rounds 3] [--layers 6] [--width 512] [--cpu-time]
 
 A LLaMA of that size with random weights labels the same rows in turn by
   * the text-generation pipeline of transformers: the whole prompt, then as many tokens as the longest label has;
@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=500, help="tokens of the prompt before the row")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds: the ratios of a busy machine, with one thread"
+    )
     arguments = parser.parse_args()
     if not (SHARED / WITH_EVERY_WAY).is_dir():
         print(f"labeling: skipped, the data set {WITH_EVERY_WAY} is not at {SHARED}")
@@ -59,7 +62,7 @@ def main() -> None:
         source = pretrained.resolve("llama", purpose="causal_lm", roots=[Path(directory)], allow_hub=False)
         print(
             f"LLaMA, {arguments.layers} layers of width {arguments.width}, random weights; "
-            f"{arguments.threads} thread(s), medians of {arguments.rounds} rounds"
+            f"{arguments.threads} thread(s), medians of {arguments.rounds} rounds" + ", CPU time" * arguments.cpu_time
         )
         for number, name in enumerate([WITH_EVERY_WAY, *MORE]):
             compare(name, source, arguments, every_way=number == 0)
@@ -71,7 +74,9 @@ def compare(name: str, source: pretrained.Source, arguments: argparse.Namespace,
     names = sorted({row["label"] for row in read_split(name, "test", 100_000)})[: LABELS if every_way else None]
     labels = [Label(name=label) for label in names]
     teacher, shown = make_teacher(source, labels, [row for row in train if row["label"] in names], arguments.prompt)
-    rows = [Row(row["text"]) for row in read_split(name, "test", arguments.rows)]
+    # Short texts and many labels: what a row costs is the tree, and fewer rows tell it.
+    count = arguments.rows if every_way or len(labels) < 20 else max(1, arguments.rows // 4)
+    rows = [Row(row["text"]) for row in read_split(name, "test", count)]
     reader = teacher._prompts[0]
     encoded = reader.tokens.encode([(row.text, None) for row in rows]).rows
     prompts = [[*reader.tokens.prefix[:shared], *own] for shared, own in encoded]
@@ -87,18 +92,18 @@ def compare(name: str, source: pretrained.Source, arguments: argparse.Namespace,
         prompt = build_prompt(teacher._options, labels, shown)
         longest = max(len(label) for label in reader.labels)
         ways["text-generation pipeline"] = (
-            min(16, len(rows)),
+            min(8, len(rows)),
             lambda count: generate(
                 [prompt.text(row) for row in rows[:count]],
                 max_new_tokens=longest, do_sample=False, batch_size=8, return_full_text=False,
             ),
         )  # fmt: skip
         ways["plain loop over the labels"] = (
-            2,
+            1,
             lambda count: plain_scores(teacher.model, prompts[:count], reader.labels),
         )
         difference = agreement(teacher, prompts[:2], rows[:2])
-    rates = measure(ways, arguments.rounds)
+    rates = measure(ways, arguments.rounds, time.process_time if arguments.cpu_time else time.perf_counter)
     print(
         f"\n{name}: {len(labels)} labels, {len(reader.tree.tokens)} inner tree nodes, prompt of {len(reader.tokens.prefix)} "
         f"tokens, texts of {statistics.median(map(len, texts)):.0f} tokens"
@@ -111,16 +116,18 @@ def compare(name: str, source: pretrained.Source, arguments: argparse.Namespace,
         print(f"\nLargest difference of a probability to the plain loop: {difference:.1e}")
 
 
-def measure(ways: dict[str, tuple[int, Callable[[int], object]]], rounds: int) -> dict[str, float]:
+def measure(
+    ways: dict[str, tuple[int, Callable[[int], object]]], rounds: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Rows a second of each way, the median over rounds in which they take turns."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _, work in ways.values():
         work(1)
     for _ in range(rounds):
         for way, (count, work) in ways.items():
-            began = time.perf_counter()
+            began = clock()
             work(count)
-            seconds[way].append((time.perf_counter() - began) / count)
+            seconds[way].append((clock() - began) / count)
     return {way: 1 / statistics.median(each) for way, each in seconds.items()}
 
 

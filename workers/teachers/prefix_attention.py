@@ -113,23 +113,31 @@ def attend(
     query = query * (width**-0.5 if scaling is None else scaling)
 
     by_group = query.reshape(rows, groups, heads // groups * steps, width)
-    together = by_group.transpose(0, 1).reshape(groups, -1, width)
-    far = together @ prefix_keys.transpose(1, 2)  # (G, B * H/G * S, P)
     near = (by_group @ key.transpose(2, 3)).view(rows, groups, -1, steps, steps)
-    if softcap is not None:
-        far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
-    sees = branches.sees
+    together = by_group.transpose(0, 1).reshape(groups, -1, width)  # (G, B * H/G * S, D)
+    sees, in_window = branches.sees, None
     if sliding_window is not None:
         positions, length = branches.positions, branches.prefix.length
         sees = sees & (positions[:, :, None] - positions[:, None, :] < sliding_window)
         in_window = positions[:, :, None] - torch.arange(length, device=positions.device) < sliding_window
-        far.view(groups, rows, -1, steps, length).masked_fill_(~in_window[None, :, None], float("-inf"))
+    if softcap is None and in_window is None and query.device.type == "cpu":
+        # Twice as fast as the products and the softmax one by one, and the only kernel of torch that tells the normaliser.
+        far_sum, far_norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            together[None], prefix_keys[None], prefix_values[None], scale=1.0
+        )
+        far_sum, far_norm = far_sum[0], far_norm[0]
+    else:
+        far = together @ prefix_keys.transpose(1, 2)  # (G, B * H/G * S, P)
+        if softcap is not None:
+            far, near = softcap * torch.tanh(far / softcap), softcap * torch.tanh(near / softcap)
+        if in_window is not None:
+            far.view(groups, rows, -1, steps, length).masked_fill_(~in_window[None, :, None], float("-inf"))
+        far_share, far_norm = _softmax(far)
+        far_sum = far_share @ prefix_values
     near = near.masked_fill(~sees[:, None, None], float("-inf")).view(rows, groups, -1, steps)
-
-    far_share, far_norm = _softmax(far)
     near_share, near_norm = _softmax(near)
     far_norm = far_norm.view(groups, rows, -1, 1).transpose(0, 1)
-    far_sum = (far_share @ prefix_values).view(groups, rows, -1, width).transpose(0, 1)
+    far_sum = far_sum.view(groups, rows, -1, width).transpose(0, 1)
     weight = torch.sigmoid(far_norm - near_norm).to(value.dtype)
     mixed = torch.lerp(near_share @ value, far_sum, weight)  # (B, G, H/G * S, D)
     return mixed.reshape(rows, heads, steps, width).transpose(1, 2).contiguous(), None
