@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app import labels
 from app.config import settings
 from app.models import Job, JobPhase, LabelSet, LabelShard
-from app.options import EndpointTeacher, LLMTeacher
+from app.options import TAKD, EndpointTeacher, LLMTeacher, TeacherFirst
 from app.preflight import Plan
 from app.storage import Storage
 
@@ -67,7 +67,10 @@ def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict
 def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     """How long training will take, and whether that was measured on earlier jobs."""
     rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
-    return plan.datasets["train"].rows * plan.spec.training.epochs / rate, measured
+    epochs, method = plan.spec.training.epochs, plan.spec.method
+    if isinstance(method, TeacherFirst):
+        epochs += (method.teacher_epochs or epochs) * (2 if isinstance(method, TAKD) else 1)
+    return plan.datasets["train"].rows * epochs / rate, measured
 
 
 def _cost(plan: Plan, tokens: int, rows: int) -> float | None:

@@ -315,16 +315,21 @@ class TaughtByEncoder(Options):
 
     teacher: EncoderTeacher = EncoderTeacher()
     """The model that is trained as the teacher."""
-    distillation_loss: Literal["kl", "ce", "mse", "dist"] = "kl"
-    """How far the student is from the teacher: KL or cross-entropy of the softened distributions, squared difference of
-    the logits, or DIST's correlations (arXiv:2205.10536)."""
     temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
     """Softens teacher and student in `kl`, `ce` and `dist`."""
     distillation_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
 
 
-class TaughtTogether(TaughtByEncoder):
+class ByDistance(TaughtByEncoder):
+    """What the methods take that can be told how to measure the distance between teacher and student."""
+
+    distillation_loss: Literal["kl", "ce", "mse", "dist"] = "kl"
+    """How far the student is from the teacher: KL or cross-entropy of the softened distributions, squared difference of
+    the logits, or DIST's correlations (arXiv:2205.10536)."""
+
+
+class TaughtTogether(ByDistance):
     """What the methods take whose teacher learns in the same steps as the student."""
 
     teacher_distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -359,7 +364,18 @@ class DML(TaughtTogether):
     """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
 
 
-class TaughtByInfluence(TaughtTogether):
+class FeedsBack(Options):
+    """What the methods take that hold rows back for feedback to the teacher."""
+
+    feedback_from: Literal["train", "validation"] = "train"
+    """Where the feedback rows are taken from; they then neither train the models nor choose the checkpoint."""
+    feedback_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
+    """Share of those rows that gives feedback."""
+    feedback_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Feedback rows a step; null: as many as `training.batch_size`."""
+
+
+class TaughtByInfluence(TaughtTogether, FeedsBack):
     """What LGTM adds to ProKT: rows held back for feedback, and how each row's influence on them steers the teacher."""
 
     mode: Literal["official", "weighted", "meta"] = "official"
@@ -376,12 +392,6 @@ class TaughtByInfluence(TaughtTogether):
     """Whether dropout is on while influence is computed."""
     influence_every: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Compute influence at every n-th step; the steps between are ProKT's."""
-    feedback_from: Literal["train", "validation"] = "train"
-    """Where the feedback rows are taken from; they then neither train the models nor choose the checkpoint."""
-    feedback_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
-    """Share of those rows that gives feedback."""
-    feedback_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Feedback rows a step; null: as many as `training.batch_size`."""
 
 
 class LGTM(TaughtByInfluence):
@@ -398,6 +408,104 @@ class LLKDLGTM(TaughtByInfluence):
     """The thresholds that choose the rows."""
 
 
+class TeacherFirst(TaughtByEncoder):
+    """What the methods take whose teacher is fine-tuned on the train rows before the student begins."""
+
+    teacher_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Epochs of that fine-tuning; null: as many as `training.epochs`."""
+    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
+
+
+class Softened(TeacherFirst):
+    """What the methods add whose loss compares softened distributions."""
+
+    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
+    """Softens teacher and student."""
+    temperature_squared: bool = True
+    """Multiply the distillation loss by the square of `temperature`, so that its gradient keeps its size."""
+
+
+class KD(Softened, ByDistance):
+    """Knowledge distillation: a teacher that has learned the labels teaches the student (1503.02531)."""
+
+    kind: Literal["kd"]
+    temperature_squared: bool = True
+    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
+
+
+class SKD(Softened):
+    """Spherical distillation: the logits of both are brought to one mean and one spread first (2010.07485)."""
+
+    kind: Literal["skd"]
+    multiplier: Annotated[float, Field(gt=0, le=100)] = 2.5
+    """That spread: the standard deviation of a row's logits."""
+
+
+class DIST(TeacherFirst):
+    """Correlation in place of divergence: within a row over the classes, and within a class over the batch (2205.10536)."""
+
+    kind: Literal["dist"]
+    row_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of 1 - correlation over the classes, mean over the rows."""
+    class_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Of 1 - correlation over the rows of a batch, mean over the classes."""
+    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
+    """Softens teacher and student."""
+
+
+class PKD(Softened):
+    """Patient distillation: the student's inner layers also follow the teacher's (1908.09355)."""
+
+    kind: Literal["pkd"]
+    layers: Literal["skip", "last"] = "skip"
+    """Which of the teacher's layers: evenly spread over its depth, or its last ones."""
+    hidden_weight: Annotated[float, Field(ge=0, le=100_000)] = 100.0
+    """Of the distance between the layers, beside the rest of the loss."""
+
+
+class TAKD(Softened, ByDistance):
+    """An assistant of medium depth learns from the teacher, and the student from the assistant (1902.03393)."""
+
+    kind: Literal["takd"]
+    assistant_layers: Annotated[int, Field(ge=1, le=100)] | None = None
+    """Layers of the assistant, which else is the teacher's model; null: halfway between teacher and student, rounded up."""
+    temperature_squared: bool = True
+    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
+
+
+class RCO(Softened, ByDistance):
+    """Route-constrained optimisation: the student follows the teacher along its way, from anchor to anchor (1904.09149)."""
+
+    kind: Literal["rco"]
+    anchors: Annotated[int, Field(ge=1, le=100)] = 3
+    """How many states of the teacher the student learns from in turn; the last is the one it ends with."""
+    temperature_squared: bool = True
+    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
+
+
+class PESFKD(Softened):
+    """The teacher stays, but a small adapter on it learns with the student to speak more softly (2205.06701)."""
+
+    kind: Literal["pesf_kd"]
+    adapter_size: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Width of the adapter's hidden layer."""
+    adapter_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Peak of the adapter's AdamW schedule; null takes the student's."""
+
+
+class MetaDistill(Softened, ByDistance, FeedsBack):
+    """Learning to teach: the teacher steps so that the student's step helps on feedback rows (2106.04570)."""
+
+    kind: Literal["meta_distill"]
+    temperature_squared: bool = True
+    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
+    meta_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """Peak of the teacher's AdamW schedule while it teaches."""
+    pilot_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of the student's tentative step of plain gradient descent; null takes the student's rate at this step."""
+
+
 Method = Annotated[
     LLKD
     | NoSelection
@@ -412,7 +520,15 @@ Method = Annotated[
     | DML
     | ProKT
     | LGTM
-    | LLKDLGTM,
+    | LLKDLGTM
+    | KD
+    | SKD
+    | DIST
+    | PKD
+    | TAKD
+    | RCO
+    | PESFKD
+    | MetaDistill,
     Field(discriminator="kind"),
 ]
 

@@ -14,11 +14,11 @@ from app.options import (
     DatasetTeacher,
     EndpointTeacher,
     Example,
+    FeedsBack,
     JobSpec,
     Label,
     LLMTeacher,
     TaughtByEncoder,
-    TaughtByInfluence,
     needs_confidence,
 )
 from app.storage import storage
@@ -290,11 +290,7 @@ def _check_held_out(datasets: dict[str, Dataset], chosen: list[Label], faults: F
 
 def _check_feedback(spec: JobSpec, faults: Faults) -> None:
     method = spec.method
-    if (
-        isinstance(method, TaughtByInfluence)
-        and method.feedback_from == "validation"
-        and not spec.validation_dataset_id
-    ):
+    if isinstance(method, FeedsBack) and method.feedback_from == "validation" and not spec.validation_dataset_id:
         faults.note(
             "/method/feedback_from", "feedback_without_validation",
             "there is no validation set to take feedback rows from; name one in validation_dataset_id, or say 'train'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from app.config import settings
 from app.db import patiently
 from app.lifecycle import WorkFailed
 from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
-from app.options import JobSpec, LLMTeacher, TaughtByEncoder, TaughtByInfluence
+from app.options import PKD, TAKD, FeedsBack, JobSpec, LLMTeacher, TaughtByEncoder
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
 from workers import artifacts, calibration
@@ -89,10 +90,15 @@ def run_job(job: Job, report: Reporter) -> None:
     _refuse_an_empty_split(material, splits)
     student = _encoder(material, material.spec.student)
     _tell_parameters(student, report)
-    teacher, teacher_tokens = None, None
+    teacher, assistant, teacher_tokens = None, None, None
     if isinstance(material.spec.method, TaughtByEncoder):
         teacher = _encoder(material, material.spec.method.teacher)
         _tell_parameters(teacher, report, "teacher")
+        if isinstance(material.spec.method, PKD):
+            _refuse_other_widths(teacher, student)
+        if isinstance(material.spec.method, TAKD):
+            assistant = _assistant(material, material.spec.method, teacher, student)
+            _tell_parameters(assistant, report, "assistant")
         if not _read_alike(teacher, student):
             teacher_tokens = _tokenise(teacher, material, report)
     tokens = _tokenise(student, material, report)
@@ -109,7 +115,7 @@ def run_job(job: Job, report: Reporter) -> None:
             rows=len(splits.validation),
         )
     feedback = None
-    if isinstance(material.spec.method, TaughtByInfluence):
+    if isinstance(material.spec.method, FeedsBack):
         source = material.spec.method.feedback_from
         feedback = held(source, splits.feedback)
         report.event(
@@ -129,7 +135,7 @@ def run_job(job: Job, report: Reporter) -> None:
             message=f"{barred} train rows also stand in the validation or test set; they are seen but never trained on.",
         )  # fmt: skip
 
-    run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels), teacher)
+    run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels), teacher, assistant)
     if resume.restore(run, files, job.id):
         report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
 
@@ -229,7 +235,7 @@ def split_rows(material: Material, report: Reporter) -> Splits:
     validation = None
     if "validation" in material.datasets:
         validation = np.flatnonzero([name is not None for name in material.gold("validation")])
-    if not isinstance(method, TaughtByInfluence):
+    if not isinstance(method, FeedsBack):
         groups = exact_groups({split: material.hashes(split) for split in material.datasets})
         return choose(groups, labeled, validation, seed=seed, validation_share=training.validation_share)
     texts = {split: material.joined(split) for split in material.datasets}
@@ -272,7 +278,7 @@ def _refuse_an_empty_split(material: Material, splits: Splits) -> None:
             "nothing_to_choose_by",
             "No labeled row is left to choose the checkpoint by that does not also stand in the test set.",
         )
-    if isinstance(material.spec.method, TaughtByInfluence) and len(splits.feedback) == 0:
+    if isinstance(material.spec.method, FeedsBack) and len(splits.feedback) == 0:
         raise WorkFailed(
             "nothing_to_feed_back",
             f"No labeled row is left in the {material.spec.method.feedback_from} set to give feedback; "
@@ -289,6 +295,28 @@ def _encoder(material: Material, wish: StudentOptions) -> Student:
     )
     encoder.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return encoder
+
+
+def _assistant(material: Material, method: TAKD, teacher: Student, student: Student) -> Student:
+    depths = [encoder.model.config.num_hidden_layers for encoder in (teacher, student)]
+    layers = method.assistant_layers or math.ceil(sum(depths) / 2)
+    if layers > depths[0]:
+        raise WorkFailed(
+            "assistant_too_deep",
+            f"An assistant of {layers} layers is deeper than its teacher of {depths[0]}; "
+            "ask for fewer in method.assistant_layers, or for a teacher that is deeper than the student.",
+        )
+    return _encoder(material, method.teacher.model_copy(update={"num_layers": layers}))
+
+
+def _refuse_other_widths(teacher: Student, student: Student) -> None:
+    widths = [encoder.model.config.hidden_size for encoder in (teacher, student)]
+    if widths[0] != widths[1]:
+        raise WorkFailed(
+            "widths_differ",
+            f"The teacher's layers have {widths[0]} values and the student's {widths[1]}, so 'pkd' cannot compare them; "
+            "choose models of one width, or method 'kd'.",
+        )
 
 
 def _tell_parameters(encoder: Student, report: Reporter, part: str = "student") -> None:

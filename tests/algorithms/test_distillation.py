@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 
-from workers.algorithms.distillation import LOSSES, ce, dist, kl, mse
+from workers.algorithms.distillation import (
+    LOSSES,
+    between_classes,
+    between_rows,
+    ce,
+    dist,
+    kl,
+    layer_pairs,
+    mse,
+    patient,
+    spherical,
+)
 from workers.algorithms.losses import entropy
 
 LUCK = torch.Generator().manual_seed(0)
@@ -78,3 +89,39 @@ def test_dist_stays_finite_where_one_side_does_not_vary() -> None:
     assert value.item() == pytest.approx(2.0)
     assert flat.grad is not None
     assert torch.isfinite(flat.grad).all()
+
+
+def test_spherical_logits_by_hand_and_what_does_not_change_them() -> None:
+    placed = spherical(torch.tensor([[1.0, 3.0, 5.0]]), 2.0)
+    assert placed.tolist()[0] == pytest.approx([-math.sqrt(6), 0.0, math.sqrt(6)], rel=1e-6)
+    assert torch.allclose(spherical(3 * LOGITS + 7, 2.5), spherical(LOGITS, 2.5))
+    assert torch.isfinite(spherical(torch.zeros(2, 3), 2.0)).all()
+
+
+def test_two_classes_on_the_sphere_still_have_a_gradient() -> None:
+    logits = torch.tensor([[0.4, -0.1]], requires_grad=True)
+    spherical(logits, 2.0)[0, 0].backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() > 1
+
+
+def test_hidden_states_are_compared_by_direction_alone() -> None:
+    theirs, own = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0]])
+    assert patient([theirs], [own]).tolist() == pytest.approx([(0.6**2 + 0.2**2) / 2])
+    assert torch.allclose(patient([TARGET], [LOGITS]), patient([5 * TARGET], [LOGITS / 3]))
+    assert patient([TARGET], [2 * TARGET]).abs().max() < 1e-12
+    assert patient([], []).item() == 0
+
+
+def test_the_layers_of_a_student_follow_those_of_the_paper() -> None:
+    assert layer_pairs(12, 6, "skip") == [(2, 1), (4, 2), (6, 3), (8, 4), (10, 5)]
+    assert layer_pairs(12, 6, "last") == [(7, 1), (8, 2), (9, 3), (10, 4), (11, 5)]
+    assert layer_pairs(6, 2, "skip") == [(3, 1)]
+    assert layer_pairs(2, 4, "last") == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_correlations_do_not_see_an_affine_change_of_the_probabilities() -> None:
+    p, q = TARGET.softmax(dim=1), LOGITS.softmax(dim=1)
+    assert torch.allclose(between_classes(2 * p + 1, q), between_classes(p, q))
+    assert torch.allclose(between_rows(p * torch.tensor([1, 2, 3, 4]) + 5, q), between_rows(p, q))
+    assert between_classes(p, 3 * p + 2).abs().max() < 1e-12

@@ -16,10 +16,11 @@ from tests.support import TOPICS, sentences
 from workers.reporter import MemoryReporter
 from workers.training import step
 from workers.training.data import tokenise
-from workers.training.distill import distill, learning_rate
+from workers.training.distill import distill
 from workers.training.encoders import build_student
 from workers.training.evaluation import predict_probabilities
 from workers.training.run import HeldOut, Pool, Run, begin
+from workers.training.schedule import learning_rate
 
 ROWS = 30
 WISH = options.Student(model="scratch", num_layers=1, hidden_size=32, vocab_size=300, max_length=24)

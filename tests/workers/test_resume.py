@@ -54,6 +54,19 @@ METHODS: list[options.Method] = [
         {"kind": "llkd_lgtm", "influence": "finite_difference", "influence_dropout": True},
     )
 ]
+TEACHER_FIRST: list[options.Method] = [
+    TypeAdapter(options.Method).validate_python({"kind": kind, "teacher_epochs": 1, **wish})
+    for kind, wish in {
+        "kd": {"temperature": 2.0},
+        "skd": {},
+        "dist": {},
+        "pkd": {"layers": "last"},
+        "takd": {},
+        "rco": {"anchors": 2, "teacher_epochs": 2},
+        "pesf_kd": {},
+        "meta_distill": {},
+    }.items()
+]
 TEACHER = WISH.model_copy(update={"num_layers": 2})
 
 
@@ -90,8 +103,9 @@ def fresh(method: options.Method) -> tuple[Run, Pool, HeldOut]:
     if not isinstance(method, options.TaughtByEncoder):
         return begin(student, pool, method, TRAINING, 3), pool, held_out
     teacher_model = build_student(TEACHER, TOPICS, texts, None, source, seed=1)
+    assistant = build_student(TEACHER, TOPICS, texts, None, source, seed=2) if method.kind == "takd" else None
     pool = replace(pool, feedback=HeldOut(validation, np.arange(10), gold[:10]))
-    return begin(student, pool, method, TRAINING, 3, teacher_model), pool, held_out
+    return begin(student, pool, method, TRAINING, 3, teacher_model, assistant), pool, held_out
 
 
 def train(method: options.Method, storage: Storage, name: str, stop_at: int | None = None) -> tuple[Run, Interrupted]:
@@ -152,6 +166,50 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_never_been(method: opt
         # twice.
         assert again in (0, 1), stop_at
         assert again == 0 or selecting or stop_at in (checks // 2, checks), stop_at
+
+
+@pytest.mark.parametrize("method", TEACHER_FIRST, ids=lambda method: method.kind)
+def test_a_run_whose_teacher_learns_first_is_stopped_in_every_stage_and_ends_the_same(
+    method: options.Method, storage: Storage
+) -> None:
+    undisturbed, report = train(method, storage, f"job_{method.kind}-undisturbed")
+    expected = trace(undisturbed, report)
+    assert not report.events or report.events[-1][0] != "stopped"
+    courses = len(undisturbed.courses)
+    assert courses == (2 if method.kind == "takd" else 1)
+    # In a step of a course, while it is scored, right after it, in a step of the student's second epoch.
+    last = report.asked
+    for stop_at in (4, ROWS // 8 + 1, ROWS // 8 + 3, last - CHECKS // 2 + 2):
+        name = f"job_{method.kind}-{stop_at}"
+        _, first = train(method, storage, name, stop_at)
+        assert first.events[-1][0] == "stopped"
+        resumed, second = train(method, storage, name)
+        assert second.asked < last, "what was done is not done again"
+        got = trace(resumed, first, second)
+        for part in expected:
+            assert got[part] == expected[part], f"{part} differ after a stop at question {stop_at}"
+
+
+def test_what_was_learned_first_changes_only_where_the_method_says_so(storage: Storage) -> None:
+    for method in TEACHER_FIRST:
+        run, pool, held_out = fresh(method)
+        after_course: dict[str, dict[str, torch.Tensor]] = {}
+
+        def note(run: Run, found: dict[str, dict[str, torch.Tensor]] = after_course) -> None:
+            weights = run.companions["teacher"].encoder.model.state_dict()
+            found.setdefault("first", {name: tensor.clone() for name, tensor in weights.items()})
+
+        before = {name: tensor.clone() for name, tensor in run.companions["teacher"].encoder.model.state_dict().items()}
+        distill(run, pool, held_out, TOPICS, method, TRAINING, MemoryReporter(), on_epoch=note)
+        end = run.companions["teacher"].encoder.model.state_dict()
+        changed = {name for name, tensor in after_course["first"].items() if not torch.equal(tensor, end[name])}
+        assert any(not torch.equal(before[name], tensor) for name, tensor in after_course["first"].items())
+        if method.kind == "pesf_kd":
+            assert changed
+            assert all(name.startswith("adapter.") for name in changed)
+        else:
+            # rco goes from anchor to anchor
+            assert bool(changed) == (method.kind in ("meta_distill", "rco")), method.kind
 
 
 def test_a_run_that_is_stopped_at_every_step_ends_as_if_it_had_never_been(storage: Storage) -> None:

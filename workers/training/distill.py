@@ -1,7 +1,8 @@
 """The training loop of every method, from top to bottom: offer, look, select, step; note why; save; score.
 
 Two parts of it are the method's own. Its rule chooses the rows of a batch (workers/algorithms/selection); its step learns
-from them (STEPS): the student alone from the labels, or student and encoder teacher together. Everything the loop remembers
+from them (STEPS): the student alone from the labels, or student and encoder teacher together. An encoder teacher that learns
+before the student does so in a course of its own (courses.py), ahead of the first offer. Everything the loop remembers
 is in Run, so a run that is saved and restored ends in the same weights, bit for bit on the CPU, as one never disturbed.
 """
 
@@ -20,15 +21,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.options import OTHER_LEARNING_RATE, Method, Training
-from workers.algorithms import metrics
 from workers.algorithms.selection.rule import Selection, Signals, State
 from workers.reporter import Report, Stopped
+from workers.training.courses import take_courses
 from workers.training.dml import dml_step
-from workers.training.evaluation import PredictionStopped, predict_probabilities
+from workers.training.evaluation import PredictionStopped, agreement, predict_probabilities
+from workers.training.fixed_teacher import fixed_teacher_step
 from workers.training.lgtm import lgtm_step
+from workers.training.meta_distill import meta_distill_step
 from workers.training.online import online_step
+from workers.training.pesf_kd import pesf_kd_step
 from workers.training.prokt import prokt_step
 from workers.training.run import EpochCount, HeldOut, Interval, Pool, Progress, Run, make_rule
+from workers.training.schedule import learning_rate, set_learning_rate
 from workers.training.step import Learned, Lesson, Step, backward_and_step, logits_by_length
 
 POINTS_PER_RUN = 200
@@ -54,7 +59,8 @@ def distill(
     `save_every_seconds` and before Stopped leaves; LeaseLost leaves at once. Metric series by step: train_loss,
     learning_rate, seen and selected (totals so far), ratio, class_ratio/<label>, threshold_teacher/<label>,
     threshold_student/<label>, and what rule and step say of themselves; by epoch: epoch_ratio, validation_accuracy,
-    validation_macro_f1, validation_loss, and with an encoder teacher its accuracy and macro-F1 on the same rows.
+    validation_macro_f1, validation_loss, and with an encoder teacher that learns beside the student its accuracy and
+    macro-F1 on the same rows; and what take_courses tells.
     """
     rule, model, progress = make_rule(method), run.student.model, run.progress
     learn, bf16 = STEPS.get(method.kind, supervised_step), training.precision == "bf16"
@@ -66,13 +72,28 @@ def distill(
     subset = torch.zeros(len(pool.tokens), dtype=torch.bool)
     usable = pool.rows[~pool.barred[pool.rows]]
     subset[usable] = rule.prepare(pool.teacher[usable])
-    report.phase("training", rows_offered * training.epochs)
+    rows_before = rows_offered * sum(course.epochs for course in run.courses.values())
+    report.phase("training", rows_before + rows_offered * training.epochs)
     saved_at = began = time.monotonic()
     seconds_before = progress.seconds
     model.train()
     for companion in run.companions.values():
         companion.encoder.model.train()
+
+    def save_now() -> None:
+        nonlocal saved_at
+        progress.seconds = seconds_before + time.monotonic() - began
+        # A point before the saved step is never made again, so it must be on record before the step is.
+        report.flush()
+        save(run)
+        saved_at = time.monotonic()
+
+    def save_in_time() -> None:
+        if time.monotonic() - saved_at > save_every_seconds:
+            save_now()
+
     try:
+        take_courses(run, pool, held_out, method, training, report, save_in_time)
         while progress.epoch < training.epochs:
             order = pool.rows[_permutation(rows_offered, training.seed, progress.epoch)]
             if not progress.counts or progress.counts[-1].epoch != progress.epoch + 1:
@@ -115,14 +136,10 @@ def distill(
                 _count(progress.interval, count, len(batch), teacher, selection)
                 progress.position += len(batch)
                 progress.step += 1
-                report.progress(progress.epoch * rows_offered + progress.position)
+                report.progress(rows_before + progress.epoch * rows_offered + progress.position)
                 if progress.step % point_every == 0 or progress.step == total_steps:
                     _report_interval(report, progress, rule, run.rule_state, labels, rate, rows_offered)
-                if time.monotonic() - saved_at > save_every_seconds:
-                    progress.seconds = seconds_before + time.monotonic() - began
-                    report.flush()
-                    save(run)
-                    saved_at = time.monotonic()
+                save_in_time()
 
             _score_epoch(run, held_out, report)
             progress.epoch += 1
@@ -130,10 +147,7 @@ def distill(
             progress.seconds = seconds_before + time.monotonic() - began
             on_epoch(run)
     except (Stopped, PredictionStopped):
-        progress.seconds = seconds_before + time.monotonic() - began
-        # A point before the saved step is never made again, so it must be on record before the step is.
-        report.flush()
-        save(run)
+        save_now()
         raise Stopped from None
     if run.best_weights is not None:
         model.load_state_dict(run.best_weights)
@@ -166,23 +180,16 @@ STEPS: dict[str, Step] = {
     "prokt": prokt_step,
     "lgtm": lgtm_step,
     "llkd_lgtm": lgtm_step,
+    "kd": fixed_teacher_step,
+    "skd": fixed_teacher_step,
+    "dist": fixed_teacher_step,
+    "pkd": fixed_teacher_step,
+    "takd": fixed_teacher_step,
+    "rco": fixed_teacher_step,
+    "pesf_kd": pesf_kd_step,
+    "meta_distill": meta_distill_step,
 }
 """How the methods learn that do more than `supervised_step`, by kind."""
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Of all its parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def learning_rate(step: int, total_steps: int, training: Training) -> float:
-    """Linear warm-up to the peak over `warmup_ratio` of the steps, then linear decay to 0 at the end."""
-    peak = training.learning_rate or OTHER_LEARNING_RATE
-    warm_up = training.warmup_ratio * total_steps
-    if step < warm_up:
-        return peak * (step + 1) / (warm_up + 1)
-    return peak * (total_steps - step) / max(1.0, total_steps - warm_up)
 
 
 def _permutation(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -239,7 +246,7 @@ def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
     gold = torch.from_numpy(held_out.gold)
     scores = {f"validation_{name}": value for name, value in agreement(gold, probabilities).items()}
     figures: dict[str, float | None] = {**scores, "validation_loss": _cross_entropy(gold, probabilities)}
-    if (companion := run.companions.get("teacher")) is not None:
+    if (companion := run.companions.get("teacher")) is not None and companion.learns:
         tokens = held_out.teacher_tokens or held_out.tokens
         probabilities = predict_probabilities(companion.encoder.model, tokens, held_out.rows, should_stop=should_stop)
         figures |= {f"encoder_teacher_{name}": value for name, value in agreement(gold, probabilities).items()}
@@ -257,12 +264,6 @@ def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
         progress.best_score, progress.best_epoch, progress.best_step = score, float(epoch), progress.step
         progress.best_metrics = scores
         run.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-
-
-def agreement(gold: Tensor, probabilities: Tensor) -> dict[str, float]:
-    """Accuracy and macro-F1 of (N, C) probabilities on (N,) class indices."""
-    predicted = probabilities.argmax(dim=1)
-    return {"accuracy": float(metrics.accuracy(gold, predicted)), "macro_f1": float(metrics.macro_f1(gold, predicted))}
 
 
 def _cross_entropy(gold: Tensor, probabilities: Tensor) -> float | None:

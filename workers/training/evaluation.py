@@ -44,6 +44,12 @@ class Scores(TypedDict):
     per_class: dict[str, ClassScore]
 
 
+def agreement(gold: Tensor, probabilities: Tensor) -> dict[str, float]:
+    """Accuracy and macro-F1 of (N, C) probabilities on (N,) class indices."""
+    predicted = probabilities.argmax(dim=1)
+    return {"accuracy": float(metrics.accuracy(gold, predicted)), "macro_f1": float(metrics.macro_f1(gold, predicted))}
+
+
 def evaluate(probabilities: Tensor, gold: Sequence[str | None], labels: Sequence[str], seed: int) -> Scores:
     """Score (N, C) probabilities against the N true class names; equal to scikit-learn's scores on the names.
 

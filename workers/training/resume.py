@@ -41,6 +41,14 @@ def save(run: Run, files: Storage, job_id: str, confirm: Callable[[], object] = 
             tensors[f"{part}_model/{name}"] = tensor
         for name, tensor in _state_of(companion.optimizer).items():
             tensors[f"{part}_optimizer/{name}"] = tensor
+    for part, course in run.courses.items():
+        for name, tensor in _state_of(course.optimizer).items():
+            tensors[f"{part}_course_optimizer/{name}"] = tensor
+        for name, tensor in (course.best_weights or {}).items():
+            tensors[f"{part}_course_best/{name}"] = tensor
+        for number, anchor in enumerate(course.anchors):
+            for name, tensor in anchor.items():
+                tensors[f"{part}_anchor_{number}/{name}"] = tensor
     tensors["random/torch"] = torch.get_rng_state()
     tensors["random/rule"] = run.generator.get_state()
     if torch.cuda.is_available():
@@ -49,6 +57,7 @@ def save(run: Run, files: Storage, job_id: str, confirm: Callable[[], object] = 
     name_, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     facts = {
         "progress": asdict(run.progress),
+        "courses": {part: course.facts() for part, course in run.courses.items()},
         "python_random": [version, list(python_state), gauss],
         "numpy_random": [name_, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
@@ -81,6 +90,16 @@ def restore(run: Run, files: Storage, job_id: str) -> bool:
     for part, companion in run.companions.items():
         companion.encoder.model.load_state_dict(groups[f"{part}_model"])
         _set_state(companion.optimizer, groups.get(f"{part}_optimizer", {}))
+    for part, course in run.courses.items():
+        _set_state(course.optimizer, groups.get(f"{part}_course_optimizer", {}))
+        course.best_weights = groups.get(f"{part}_course_best")
+        course.anchors = [
+            groups[f"{part}_anchor_{number}"]
+            for number in range(course.anchors_wanted)
+            if f"{part}_anchor_{number}" in groups
+        ]
+        for name, value in facts["courses"][part].items():
+            setattr(course, name, value)
     torch.set_rng_state(groups["random"]["torch"])
     run.generator.set_state(groups["random"]["rule"])
     if "cuda" in groups["random"] and torch.cuda.is_available():

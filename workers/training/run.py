@@ -8,9 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from app.options import LLKDLGTM, OTHER_LEARNING_RATE, Method, TaughtByInfluence, Training
+from app.options import (
+    LLKDLGTM,
+    OTHER_LEARNING_RATE,
+    PESFKD,
+    RCO,
+    MetaDistill,
+    Method,
+    TaughtByEncoder,
+    TaughtByInfluence,
+    TeacherFirst,
+    Training,
+)
 from workers.algorithms.losses import entropy
 from workers.algorithms.selection import RULES
 from workers.algorithms.selection.rule import REASONS, Selection, State
@@ -206,6 +217,39 @@ class Companion:
     optimizer: torch.optim.AdamW
     learning_rate: float
     """Peak of its schedule, which has the shape of the student's."""
+    learns: bool = True
+    """Whether it still changes while the student learns."""
+
+
+@dataclass
+class Course:
+    """A companion's own training before the student's: from the labels, and from another companion where it has one."""
+
+    optimizer: torch.optim.AdamW
+    learning_rate: float
+    """Peak of its schedule, which has the shape of the student's."""
+    epochs: int
+    taught_by: str | None = None
+    """The companion that teaches it beside the labels."""
+    anchors: list[dict[str, Tensor]] = field(default_factory=list)
+    """Its weights at equal distances along the way, the last as it ends."""
+    anchors_wanted: int = 0
+    shown: int | None = None
+    """Which anchor the companion has now; None: it has to be looked up, as after a restart."""
+    epoch: int = 0
+    position: int = 0
+    """Rows of this epoch's order that are done."""
+    step: int = 0
+    loss: float = 0.0
+    """Sum since the last point of its series."""
+    losses: int = 0
+    best_score: float = -1.0
+    best_weights: dict[str, Tensor] | None = None
+    """Of its best epoch; None before the first, and once the companion has them."""
+
+    def facts(self) -> dict[str, Any]:
+        """What it remembers besides tensors."""
+        return {name: getattr(self, name) for name in ("epoch", "position", "step", "loss", "losses", "best_score")}
 
 
 @dataclass
@@ -221,22 +265,56 @@ class Run:
     progress: Progress
     companions: dict[str, Companion] = field(default_factory=dict)
     """By their part, such as `teacher`."""
+    courses: dict[str, Course] = field(default_factory=dict)
+    """By the part of the companion that takes it, in their order."""
     best_weights: dict[str, Tensor] | None = None
 
 
 def begin(
-    student: Student, pool: Pool, method: Method, training: Training, classes: int, teacher: Student | None = None
+    student: Student,
+    pool: Pool,
+    method: Method,
+    training: Training,
+    classes: int,
+    teacher: Student | None = None,
+    assistant: Student | None = None,
 ) -> Run:
     """A run at its first step. The random state of the process is set from the seed.
 
-    teacher: the encoder of a method that trains one.
-    """
+    teacher, assistant: the encoders of a method that trains them.
+    """  # fmt: skip
     torch.manual_seed(training.seed)
     rate = training.learning_rate or OTHER_LEARNING_RATE
-    companions = {}
+    companions, courses = {}, {}
     if teacher is not None:
-        own_rate = method.teacher.learning_rate or OTHER_LEARNING_RATE  # type: ignore[union-attr]
-        companions["teacher"] = Companion(teacher, make_optimizer(teacher, own_rate, training), own_rate)
+        assert isinstance(method, TaughtByEncoder)
+        own_rate = method.teacher.learning_rate or OTHER_LEARNING_RATE
+        if isinstance(method, TeacherFirst):
+            epochs = method.teacher_epochs or training.epochs
+            for part, encoder in {"teacher": teacher, "assistant": assistant}.items():
+                if encoder is not None:
+                    courses[part] = Course(make_optimizer(encoder, own_rate, training), own_rate, epochs)
+            if isinstance(method, RCO):
+                courses["teacher"].anchors_wanted = method.anchors
+            if assistant is not None:
+                courses["assistant"].taught_by = "teacher"
+                companions["assistant"] = Companion(
+                    assistant, make_optimizer(assistant, own_rate, training), own_rate, False
+                )
+        if isinstance(method, MetaDistill):
+            own_rate = method.meta_learning_rate
+        if isinstance(method, PESFKD):
+            own_rate = method.adapter_learning_rate or rate
+            teacher.model.adapter = Adapter(
+                teacher.model.config.hidden_size, method.adapter_size, classes, teacher.model.config.hidden_dropout_prob
+            ).to(teacher.model.device)
+            optimizer = torch.optim.AdamW(
+                teacher.model.adapter.parameters(), lr=own_rate, weight_decay=training.weight_decay, fused=True
+            )
+        else:
+            optimizer = make_optimizer(teacher, own_rate, training)
+        learns = isinstance(method, MetaDistill) or not isinstance(method, TeacherFirst)
+        companions["teacher"] = Companion(teacher, optimizer, own_rate, learns)
     if getattr(method, "zero_heads", False):
         for encoder in (student, *(companion.encoder for companion in companions.values())):
             for parameter in encoder.model.classifier.out_proj.parameters():
@@ -251,7 +329,23 @@ def begin(
         ),
         progress=Progress(),
         companions=companions,
+        courses=courses,
     )
+
+
+class Adapter(nn.Module):
+    """What PESF-KD adds to a teacher's logits: two layers on its pooled output, which add nothing at first."""
+
+    def __init__(self, width: int, size: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, size), nn.ReLU(), nn.Dropout(dropout), nn.Linear(size, classes))
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(B, width) -> (B, classes)"""
+        added: Tensor = self.layers(pooled)
+        return added
 
 
 def make_optimizer(encoder: Student, rate: float, training: Training) -> torch.optim.AdamW:

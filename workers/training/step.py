@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.options import Method, TaughtByEncoder, TaughtTogether, Training
+from app.options import ByDistance, Method, TaughtTogether, Training
 from workers.algorithms.distillation import LOSSES
 from workers.algorithms.selection.rule import Selection
 from workers.training.data import Tokens, length_sorted_batches
@@ -66,9 +66,9 @@ class Pair:
     teacher_optimizer: torch.optim.AdamW
 
     @classmethod
-    def of(cls, run: Run) -> Pair:
-        """The two models of a run."""
-        companion = run.companions["teacher"]
+    def of(cls, run: Run, teacher: str = "teacher") -> Pair:
+        """The student of a run, and the companion of this part."""
+        companion = run.companions[teacher]
         return cls(run.student.model, run.optimizer, companion.encoder.model, companion.optimizer)
 
 
@@ -118,7 +118,7 @@ def in_precision(forward: Callable[[], Tensor], device: torch.device, training: 
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def student_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, method: TaughtByEncoder) -> Tensor:
+def student_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, method: ByDistance) -> Tensor:
     """α ℓ(T, S) + (1 - α) CE(y, S), mean over the rows; α is `distillation_share`."""
     distilled = LOSSES[method.distillation_loss](teacher_logits, student_logits, method.temperature).mean()
     share = method.distillation_share
