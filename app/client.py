@@ -227,6 +227,10 @@ class Client:
         """The ledger, row by row. Filters: decision, label, order."""
         return self._pages(f"/jobs/{job_id}/samples", {"limit": 100, **filters})
 
+    def label_report(self, job_id: str) -> dict[str, Any]:
+        """How good the teacher's labels are, and which rows to look at; there once the student is trained."""
+        return self._json("GET", f"/jobs/{job_id}/labels/report")
+
     # --- comparisons ---
 
     def compare(self, spec: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:

@@ -39,6 +39,11 @@ def text_hash(text: str, text_pair: str | None) -> bytes:
     return hasher.digest()[:16]
 
 
+def report_key(job_id: str) -> str:
+    """Where the report on a job's labels lies in the storage."""
+    return f"jobs/{job_id}/label_report.json"
+
+
 def texts_of(storage: Storage, dataset: Dataset, batch_rows: int = 8192) -> Iterator[list[tuple[str, str | None]]]:
     """The texts of a dataset, batch by batch, in row order."""
     with storage.open(dataset.key) as stream:

@@ -567,7 +567,7 @@ def _apply_budget(session: Session, waiting: list[Job]) -> None:
             update(LabelShard)
             .where(
                 LabelShard.label_set_id == job.label_set_id, LabelShard.split == "train",
-                LabelShard.status.in_(("held", "pending")), LabelShard.answered_attempt.is_(None),
+                LabelShard.status == "pending", LabelShard.answered_attempt.is_(None),
             )
             .values(status="skipped")
             .returning(LabelShard.stop - LabelShard.start)

@@ -173,7 +173,7 @@ class LabelShard(Base):
 
     __tablename__ = "label_shards"
     __table_args__ = (
-        CheckConstraint("status IN ('held', 'pending', 'claimed', 'done', 'skipped')", name="status"),
+        CheckConstraint("status IN ('pending', 'claimed', 'done', 'skipped')", name="status"),
         Index(
             "ix_label_shards_open", "label_set_id", "index", postgresql_where=text("status IN ('pending', 'claimed')")
         ),
@@ -185,8 +185,6 @@ class LabelShard(Base):
     split: Mapped[str] = mapped_column(String(16))
     start: Mapped[int] = mapped_column(BigInteger)
     stop: Mapped[int] = mapped_column(BigInteger)
-    wave: Mapped[int] = mapped_column(Integer, default=0)
-    """Shards of a wave that has not come yet are `held`; see options.Waves."""
     status: Mapped[str] = mapped_column(String(16), default="pending")
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     answered_attempt: Mapped[int | None] = mapped_column(Integer)
@@ -256,25 +254,6 @@ class LabelClaim(Base):
     """By PostgreSQL's clock; from then on another may take the claim over."""
 
 
-class LabelSample(Base):
-    """A few texts that a dry run wants labeled now, to measure the teacher's pace; gone when the dry run has ended."""
-
-    __tablename__ = "label_samples"
-
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    tenant: Mapped[str] = mapped_column(String(64))
-    fingerprint: Mapped[str] = mapped_column(String(64))
-    spec: Mapped[dict[str, Any]]
-    labels: Mapped[list[Any]]
-    texts: Mapped[list[Any]]
-    """Pairs of text and text_pair."""
-    worker: Mapped[str | None] = mapped_column(String(200))
-    """Null until a worker has taken it."""
-    figures: Mapped[dict[str, Any] | None]
-    """What was measured, once it has been."""
-    created_at: Mapped[datetime] = mapped_column(default=now)
-
-
 class Comparison(Base):
     """Several methods, each with several seeds, on one set of splits and one set of labels; its runs are jobs."""
 
@@ -335,8 +314,6 @@ class Job(Base):
     arm: Mapped[str | None] = mapped_column(String(100))
     """The name of the comparison's arm that this job is a run of."""
     warnings: Mapped[list[Any]] = mapped_column(default=list)
-    waves: Mapped[list[Any]] = mapped_column(default=list)
-    """What each wave of labels has brought, for a job that labels in waves."""
     selection: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
     evaluation: Mapped[dict[str, Any] | None]

@@ -253,7 +253,7 @@ def _orphans(storage: Storage) -> Iterator[str]:
                 if _is_old(name):
                     yield key
             elif isinstance(row, LabelSet):
-                current = {shard.key for shard in row.shards}
+                current = {key for shard in row.shards for key in (shard.key, shard.answers_key)}
                 yield from (part for part in _within(storage, key) if part not in current)
             elif isinstance(row, Upload):
                 parts = {part.key for part in row.parts} if row.status == "pending" else set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,11 +68,13 @@ class Rows:
 def report(
     train: Rows, held_out: dict[str, Rows], names: Sequence[str], confidence_method: str | None,
     never_trained: NDArray[np.bool_], predict: Callable[[NDArray[np.int64]], NDArray[np.float32]],
+    check: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The report of a label set.
 
     held_out: validation and test rows, where the teacher labeled them. names: the C labels. never_trained: (N,) rows
     whose labels the student's weights have never seen. predict: the student's probabilities, (M, C), for M train rows.
+    check: called about every thousand texts; what it raises ends the work.
     """
     labeled = train.labeled
     counts = np.bincount(train.probabilities[labeled].argmax(axis=1), minlength=len(names))
@@ -87,22 +90,26 @@ def report(
             for split, rows in splits.items()
         },
         "likely_wrong": likely_wrong(train, names, never_trained, predict),
-        "near_duplicates": near_duplicates(train, names),
+        "near_duplicates": near_duplicates(train, names, check),
     }
 
 
 def _confidence(probabilities: NDArray[np.float32], method: str | None) -> dict[str, Any]:
     confidence = probabilities.max(axis=1)
-    edges = np.linspace(0, 1, CONFIDENCE_BINS + 1)
-    rows = np.histogram(confidence, edges)[0]
+    rows = np.bincount(_bin_of(confidence), minlength=CONFIDENCE_BINS + 1)[1:]
     return {
         "method": method,
         "mean": round(float(confidence.mean()), 4) if len(confidence) else None,
         "histogram": [
-            {"from": round(float(low), 2), "to": round(float(high), 2), "rows": int(count)}
-            for low, high, count in zip(edges[:-1], edges[1:], rows, strict=True)
+            {"from": number / CONFIDENCE_BINS, "to": (number + 1) / CONFIDENCE_BINS, "rows": count}
+            for number, count in enumerate(rows.tolist())
         ],
     }
+
+
+def _bin_of(confidence: NDArray[np.float32]) -> NDArray[np.int64]:
+    """(N,) the bin of each confidence, from 1 for (0, 0.1] to 10 for (0.9, 1]."""
+    return np.clip(np.ceil(confidence * CONFIDENCE_BINS), 1, CONFIDENCE_BINS).astype(np.int64)
 
 
 def _against_gold(rows: Rows, names: Sequence[str], knows_confidence: bool) -> dict[str, Any] | None:
@@ -131,14 +138,14 @@ def _against_gold(rows: Rows, names: Sequence[str], knows_confidence: bool) -> d
 
 def reliability(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> list[dict[str, Any]]:
     """Mean confidence and accuracy of N rows, (N,) each, in bins of confidence (0, 0.1] to (0.9, 1]; empty ones left out."""
-    bin_of_row = np.clip(np.ceil(confidence.astype(np.float64) * CONFIDENCE_BINS).astype(int), 1, CONFIDENCE_BINS)
+    bin_of_row = _bin_of(confidence)
     bins = []
     for number in range(1, CONFIDENCE_BINS + 1):
         inside = bin_of_row == number
         if inside.any():
             bins.append({
-                "from": round((number - 1) / CONFIDENCE_BINS, 2),
-                "to": round(number / CONFIDENCE_BINS, 2),
+                "from": (number - 1) / CONFIDENCE_BINS,
+                "to": number / CONFIDENCE_BINS,
                 "rows": int(inside.sum()),
                 "confidence": round(float(confidence[inside].mean()), 4),
                 "accuracy": round(float(right[inside].mean()), 4),
@@ -203,11 +210,11 @@ def likely_wrong(
 # --- texts that are almost the same ---------------------------------------------------------------------------------
 
 
-def near_duplicates(train: Rows, names: Sequence[str]) -> dict[str, Any]:
+def near_duplicates(train: Rows, names: Sequence[str], check: Callable[[], object] = lambda: None) -> dict[str, Any]:
     """Pairs of rows whose texts are almost the same and whose labels differ, most similar first.
 
     Similar is a Jaccard similarity of the sets of word pairs of at least SIMILARITY; candidates are found by MinHash
-    (Broder 1997, the library datasketch) and then compared exactly.
+    (Broder 1997, the library datasketch) and then compared exactly. The first MOST_COMPARED labeled rows are compared.
     """
     compared = train.labeled[:MOST_COMPARED]
     labels = train.probabilities.argmax(axis=1) if len(compared) else np.zeros(0, np.int64)
@@ -218,7 +225,7 @@ def near_duplicates(train: Rows, names: Sequence[str]) -> dict[str, Any]:
     for rows in firsts.values():
         one, *others = rows.values()
         pairs += [(1.0, one, other) for other in others]
-    pairs += _similar(firsts)
+    pairs += _similar(firsts, check)
     pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
     return {
         "rows_compared": len(compared),
@@ -231,15 +238,16 @@ def near_duplicates(train: Rows, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _similar(firsts: dict[frozenset[str], dict[int, int]]) -> list[tuple[float, int, int]]:
+def _similar(firsts: dict[frozenset[str], dict[int, int]], check: Callable[[], object]) -> list[tuple[float, int, int]]:
     """Pairs of different texts: similarity, and a row of each that differ in label."""
     texts = [text for text in firsts if text]
-    if len(texts) < 2:
-        return []
-    hashes = MinHash.bulk([[shingle.encode() for shingle in sorted(text)] for text in texts], num_perm=PERMUTATIONS)
     index = MinHashLSH(threshold=SIMILARITY, num_perm=PERMUTATIONS)
     found: list[tuple[float, int, int]] = []
-    for number, (text, hashed) in enumerate(zip(texts, hashes, strict=True)):
+    for number, text in enumerate(texts):
+        if number % 1000 == 0:
+            check()
+        hashed = MinHash(num_perm=PERMUTATIONS, hashfunc=zlib.crc32)
+        hashed.update_batch([shingle.encode() for shingle in sorted(text)])
         for other in sorted(index.query(hashed))[:MOST_CANDIDATES]:
             similarity = len(text & texts[other]) / len(text | texts[other])
             differing = next(
@@ -253,7 +261,7 @@ def _similar(firsts: dict[frozenset[str], dict[int, int]]) -> list[tuple[float, 
             )
             if similarity >= SIMILARITY and differing is not None:
                 found.append((similarity, min(differing), max(differing)))
-        index.insert(number, hashed)
+        index.insert(number, hashed, check_duplication=False)
     return found
 
 

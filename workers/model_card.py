@@ -58,6 +58,7 @@ def model_card(facts: dict[str, Any], source: Source) -> str:
         "|---|---|---|---|",
         *(f"| {e['epoch']} | {e['seen']:,} | {e['selected']:,} | {e['ratio']:.1%} |" for e in selection["epochs"]),
         "",
+        *_labels(facts["label_report"]),
         "## Where it comes from",
         "",
         f"- dataset `{facts['dataset']['id']}`, {facts['dataset']['rows']:,} rows, sha256 `{facts['dataset']['sha256']}`",
@@ -134,6 +135,30 @@ def _abstention(calibration: dict[str, Any] | None) -> list[str]:
         ),
         "",
     ]
+
+
+def _labels(report: dict[str, Any] | None) -> list[str]:
+    """The label report in short: no row's text leaves the server with the checkpoint."""
+    if report is None:
+        return []
+    counts, wrong = report["class_counts"], report["likely_wrong"]
+    rarest, commonest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    lines = [
+        f"- {report['rows_labeled']:,} rows labeled: from {counts[rarest]:,} as {_plain(rarest)} to {counts[commonest]:,} as"
+        f" {_plain(commonest)}, of {len(counts)} labels"
+    ]
+    if report["mean_confidence"] is not None:
+        lines.append(f"- mean confidence {report['mean_confidence']:.4f}")
+    for split, agreement in report["agreement_with_gold"].items():
+        error = report["expected_calibration_error"][split]
+        calibration = "" if error is None else f", expected calibration error {error:.4f}"
+        lines.append(f"- {split}: {agreement:.1%} agree with the true labels{calibration}")
+    if wrong["rows_scored"]:
+        lines.append(
+            f"- {wrong['found']:,} of {wrong['rows_scored']:,} rows that were never trained on look wrongly labeled"
+        )
+    pairs = report["near_duplicates_with_different_labels"]
+    return ["## The labels", "", *lines, f"- {pairs:,} pairs of near-duplicates have different labels", ""]
 
 
 def _without_examples(spec: dict[str, Any]) -> dict[str, Any]:

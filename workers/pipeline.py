@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import structlog
 import torch
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
@@ -16,12 +18,12 @@ from app import labels as label_cache
 from app import lifecycle, pretrained
 from app.config import settings
 from app.db import patiently
-from app.lifecycle import WorkFailed
+from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
 from app.options import PKD, TAKD, FeedsBack, JobSpec, LLMTeacher, TaughtByEncoder
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
-from workers import artifacts, calibration
+from workers import artifacts, calibration, label_report
 from workers.labeling import read_labels
 from workers.reporter import Reporter, Stopped
 from workers.training import resume
@@ -31,6 +33,8 @@ from workers.training.encoders import Student, build_student
 from workers.training.evaluation import Answers, calibrate, evaluate, predict_probabilities
 from workers.training.run import HeldOut, Pool, Run, begin
 from workers.training.splits import Splits, choose, exact_groups, near_groups
+
+log = structlog.get_logger()
 
 
 @dataclass
@@ -143,10 +147,12 @@ def run_job(job: Job, report: Reporter) -> None:
         resume.save(run, files, job.id, report.confirm)
         report.saved()
 
+    feedback_rows = splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None
+
     def write_ledger(run: Run) -> None:
         artifacts.write_ledger(
             files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool_rows,
-            splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None, report.confirm,
+            feedback_rows, report.confirm,
         )  # fmt: skip
 
     distill(
@@ -158,7 +164,8 @@ def run_job(job: Job, report: Reporter) -> None:
     report.selection(run.progress.selection())
     try:
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
-        _publish(job, files, material, run, evaluation, report)
+        about_labels = report_labels(job, files, material, run, tokens["train"], feedback_rows, report)
+        _publish(job, files, material, run, evaluation, about_labels, report)
     except Stopped:
         save(run)
         raise
@@ -414,6 +421,56 @@ def score(
     return evaluation
 
 
+def report_labels(
+    job: Job, files: Storage, material: Material, run: Run, tokens: Tokens, feedback_rows: NDArray[np.int64] | None,
+    report: Reporter,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Leave the label report in the storage; its short form. It tells about a job and never fails one: None instead."""
+
+    def rows(split: str) -> label_report.Rows:
+        lines = material.tables[split].column("line").to_pylist()
+        return label_report.Rows(material.joined(split), lines, material.probabilities(split), material.gold(split))
+
+    def predict(wanted: NDArray[np.int64]) -> NDArray[np.float32]:
+        def should_stop() -> bool:
+            report.check()
+            return False
+
+        return predict_probabilities(run.student.model, tokens, wanted, should_stop=should_stop).numpy()
+
+    try:
+        full = label_report.report(
+            rows("train"), {split: rows(split) for split in ("validation", "test") if split in material.answers},
+            material.labels, material.teacher_report["confidence_method"], _never_trained(material, run, feedback_rows),
+            predict,
+            check=report.check,
+        )  # fmt: skip
+        report.check()
+        files.put_bytes(label_cache.report_key(job.id), json.dumps(full, ensure_ascii=False, allow_nan=False).encode())
+        return label_report.summary(full)
+    except (Stopped, LeaseLost):
+        raise
+    except Exception as error:
+        log.exception("label_report_failed", job_id=job.id)
+        report.event(
+            "labels.report_failed", f"The label report could not be made: {type(error).__name__}.", level="warning"
+        )
+        return None
+
+
+def _never_trained(material: Material, run: Run, feedback_rows: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+    """(N,) train rows whose label the student cannot know: neither the row, nor one of the same text, was trained on.
+
+    Rows that gave feedback to an encoder teacher have told the student something through it.
+    """
+    never = run.ledger.selected == 0
+    if feedback_rows is not None:
+        never[feedback_rows] = False
+    hashes = material.hashes("train")
+    learned = {key for key, out in zip(hashes, never.tolist(), strict=True) if not out}
+    return never & np.array([key not in learned for key in hashes], bool)
+
+
 def _answers(material: Material, split: str, predicted: torch.Tensor, rows: list[int]) -> Answers:
     gold = material.gold(split)
     teacher = torch.from_numpy(material.probabilities(split))[rows] if split in material.answers else None
@@ -423,15 +480,16 @@ def _answers(material: Material, split: str, predicted: torch.Tensor, rows: list
 
 
 def _publish(
-    job: Job, files: Storage, material: Material, run: Run, evaluation: dict[str, Any], report: Reporter
-) -> None:
+    job: Job, files: Storage, material: Material, run: Run, evaluation: dict[str, Any],
+    about_labels: dict[str, Any] | None, report: Reporter,
+) -> None:  # fmt: skip
     """Pack the checkpoint, then record it and the job's end in one transaction."""
     report.phase("packaging", 1)
     metrics = final_metrics(evaluation)
     checkpoint = artifacts.publish_checkpoint(
         files, job, material.datasets["train"], run.student, step=run.progress.best_step, epoch=run.progress.best_epoch,
         metrics=metrics, evaluation=evaluation, selection=run.progress.selection(), teacher=material.teacher_report,
-        check=report.check,
+        label_report=about_labels, check=report.check,
     )  # fmt: skip
     # At the step of the checkpoint they belong to: at the last step they would overwrite that epoch's own score.
     report.metrics(run.progress.best_step, run.progress.best_epoch, metrics)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from app import estimates, ledger, lifecycle, limits, preflight, retention
+from app import estimates, labels, ledger, lifecycle, limits, preflight, retention
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -34,6 +34,7 @@ from app.api.schemas import (
     EventPage,
     EventRead,
     JobRead,
+    LabelReportRead,
     PageRead,
     PointRead,
     SamplePage,
@@ -284,11 +285,11 @@ def list_samples(
 ) -> SamplePage:
     """Why every row was used or not: what the teacher said, the thresholds it met, how often it was selected."""
     job = owned(session, Job, job_id, tenant)
-    labels = [entry["name"] for entry in job.label_set.labels]
+    names = [entry["name"] for entry in job.label_set.labels]
     try:
         with storage.open(ledger.key(job.id)) as stream:
             rows, has_more = ledger.page(
-                stream, labels, decision=decision, label=label, order=order, start=after, limit=limit
+                stream, names, decision=decision, label=label, order=order, start=after, limit=limit
             )
     except FileNotFoundError:
         raise NotReady("The ledger is written at the end of the first epoch; ask again later.") from None
@@ -297,3 +298,15 @@ def list_samples(
         has_more=has_more,
         next=str(after + limit) if has_more else None,
     )
+
+
+@router.get(
+    "/{job_id}/labels/report", response_model=LabelReportRead, responses=problems(Unauthorized, NotFound, NotReady)
+)
+def read_label_report(job_id: str, session: SessionDep, storage: StorageDep, tenant: TenantDep) -> Any:
+    """How good the teacher's labels are, as far as can be told, and which rows a person should look at."""
+    job = owned(session, Job, job_id, tenant)
+    try:
+        return orjson.loads(storage.read(labels.report_key(job.id)))
+    except FileNotFoundError:
+        raise NotReady("The label report is written when the student is evaluated, after its training.") from None

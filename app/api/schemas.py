@@ -384,6 +384,101 @@ class SamplePage(Read):
     next: str | None
 
 
+class ConfidenceBinRead(Read):
+    """Rows with a confidence above `from`, up to `to`."""
+
+    from_: float = Field(alias="from")
+    to: float
+    rows: int
+
+
+class ReliabilityBinRead(ConfidenceBinRead):
+    """The same with their mean confidence and how many of them are right."""
+
+    confidence: float
+    accuracy: float
+
+
+class ConfidenceRead(Read):
+    method: str | None
+    mean: float | None
+    histogram: list[ConfidenceBinRead]
+
+
+class ConfusionRead(Read):
+    """How often the teacher gave one label where another is true."""
+
+    teacher: str
+    gold: str
+    rows: int
+
+
+class GoldRead(Read):
+    """The teacher's labels against the true ones."""
+
+    rows: int
+    agreement: float
+    confusions: list[ConfusionRead]
+    expected_calibration_error: float | None
+    reliability: list[ReliabilityBinRead] | None
+
+
+class LabeledRowRead(Read):
+    """A train row that a person should look at."""
+
+    row: int
+    line: int | None
+    text: str
+    """Both texts of a pair, on two lines; cut after 300 characters."""
+    label: str
+    confidence: float
+
+
+class LikelyWrongRowRead(LabeledRowRead):
+    suggested: str
+    """What the student says instead."""
+    student_probability: float
+
+
+class LikelyWrongRead(Read):
+    """Labels that the student contradicts, the most doubtful first."""
+
+    method: str
+    rows_scored: int
+    found: int
+    rows: list[LikelyWrongRowRead]
+    reason: str | None
+    """Why no rows were scored."""
+
+
+class NearDuplicateRead(Read):
+    similarity: float
+    rows: list[LabeledRowRead]
+
+
+class NearDuplicatesRead(Read):
+    """Almost the same text, another label; the most similar first."""
+
+    rows_compared: int
+    similarity: float
+    found: int
+    pairs: list[NearDuplicateRead]
+
+
+class LabelReportRead(Read):
+    """How good the labels of a job's train rows are."""
+
+    rows: int
+    rows_labeled: int
+    class_counts: dict[str, int]
+    confidence: ConfidenceRead | None
+    """Null where the teacher tells none."""
+    gold: dict[str, GoldRead | None]
+    """By split; null where there are no true labels to hold the teacher's against."""
+    likely_wrong: LikelyWrongRead
+    near_duplicates: NearDuplicatesRead
+
+
 class FileRead(Read):
     name: str
     bytes: int

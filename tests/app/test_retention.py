@@ -17,7 +17,7 @@ from app import labels, limits, retention
 from app.cli import app as cli
 from app.config import settings
 from app.db import session_scope, try_lock
-from app.models import Base, Checkpoint, Dataset, Job, LabelCache, Upload, new_id, now
+from app.models import Base, Checkpoint, Dataset, Job, LabelCache, LabelShard, Upload, new_id, now
 from app.storage import Storage
 from tests.support import add_dataset, in_threads, job_of, label, run, sentences, stored, submit, tiny_spec
 
@@ -185,6 +185,16 @@ def test_the_file_sweep_takes_what_no_row_names_and_nothing_else(client: TestCli
     assert files(storage) == named | others
     assert client.get(f"/jobs/{job.id}/checkpoint").status_code == 200
     assert client.get(f"/jobs/{job.id}/samples").status_code == 200
+
+
+def test_the_answers_of_a_shard_that_is_tried_again_are_no_orphan(client: TestClient, storage: Storage) -> None:
+    job = run(a_job())
+    with session_scope() as session:
+        shard = session.get_one(LabelShard, (job.label_set_id, 0))
+        answers = shard.key
+        shard.status, shard.attempt = "claimed", shard.attempt + 1
+    assert retention.sweep_files(storage, dry_run=True) == []
+    assert answers in files(storage)
 
 
 def test_files_left_half_written_are_removed_once_they_are_old(client: TestClient, storage: Storage) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import ledger, lifecycle
+from app import labels, ledger, lifecycle
 from app.labels import text_hash
 from app.models import Checkpoint, Dataset, Job, JobEvent, JobMetric, LabelCache, LabelSet, LabelShard
 from app.storage import Storage
@@ -221,7 +221,9 @@ def _files(session: Session, storage: Storage, found: Findings) -> Iterator[str]
     shards = list(session.scalars(select(LabelShard)))
     expected |= {shard.key for shard in shards if shard.status == "done"}
     expected |= {ledger.key(job.id) for job in jobs.values() if job.status == "succeeded"}
+    expected |= {labels.report_key(job.id) for job in jobs.values() if job.status == "succeeded"}
     allowed = {ledger.key(job.id): "ledger of a job that has not succeeded" for job in jobs.values()}
+    allowed |= {labels.report_key(job.id): "label report of a job that has not succeeded" for job in jobs.values()}
     allowed |= {
         resume.key(job.id): "saved state of a job that can be retried"
         for job in jobs.values()
