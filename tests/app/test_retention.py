@@ -56,9 +56,9 @@ def test_a_deleted_job_leaves_its_dataset_and_the_label_cache_and_nothing_else(
     client: TestClient, storage: Storage
 ) -> None:
     dataset_id = add_dataset(sentences(12, 1))
-    kept = {"datasets": 1, "label_cache": 1, "api_keys": 1}
+    kept = {"datasets": 1, "label_cache": 1, "api_keys": 1, "tenant_turns": 2}
     with session_scope() as session:
-        labels.remember(session, "alice", "print", {b"text": (labels.np.ones(2), 3)})
+        labels.remember(session, "alice", "print", {b"text": labels.Answer(labels.np.ones(2), 3, 0.1)})
     job = run(submit(tiny_spec(dataset_id, webhook={"url": "https://example.com"})))
     assert job.status == "succeeded", job.error
     assert {name.split("/")[0] for name in files(storage)} == {"datasets", "labels", "jobs", "checkpoints"}
@@ -66,7 +66,7 @@ def test_a_deleted_job_leaves_its_dataset_and_the_label_cache_and_nothing_else(
     assert client.delete(f"/jobs/{job.id}").status_code == 204
     assert {name: count for name, count in stored().items() if count} == kept
     assert files(storage) == {f"datasets/{dataset_id}/rows.parquet"}
-    for path in ("", "/events", "/metrics", "/samples", "/checkpoint"):
+    for path in ("", "/events", "/metrics", "/samples", "/labels/report", "/checkpoint"):
         assert client.get(f"/jobs/{job.id}{path}").status_code == 404
     assert client.get(f"/checkpoints/{job.best_checkpoint_id}").status_code == 404
 
