@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from sqlalchemy import Engine, select
 
 from app.config import settings
@@ -77,6 +78,17 @@ def test_changing_one_word_of_the_prompt_misses_the_cache(database: Engine, llam
     job = run(submit(tiny_spec(rows, **llama)))
     with session_scope() as session:
         assert sum(shard.rows_from_cache for shard in session.get_one(LabelSet, job.label_set_id).shards) == 0
+
+
+def test_a_teacher_that_cannot_be_made_here_fails_the_job_with_its_reason(
+    database: Engine, llama: dict[str, Any]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    llama["teacher"] |= {"precision": "int4"}
+    job = run(submit(tiny_spec(add_dataset(sentences(20, 1, labeled=False)), **llama)))
+    assert job.status == "failed"
+    assert job.error["code"] == "quantisation_unavailable"
 
 
 def test_too_few_validation_rows_give_no_temperature() -> None:
