@@ -6,6 +6,8 @@ import base64
 import hashlib
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import audit, errors
+from app import audit, errors, records
 from app.api import checkpoints, comparisons, datasets, health, jobs, keys, transfers, webhooks
 from app.api.deps import problems, scope_needed
 from app.config import settings
@@ -182,12 +184,20 @@ def _tell_what_a_key_meets(method: str, operation: dict[str, Any]) -> None:
         operation["responses"].setdefault(str(status), response)
 
 
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """What the server does before its first request."""
+    await run_in_threadpool(records.warm_up)
+    yield
+
+
 def create_app() -> FastAPI:
     """The ASGI application."""
     app = Understudy(
         title="Understudy",
         summary="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
         version="0.1.0",
+        lifespan=lifespan,
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,

@@ -222,6 +222,14 @@ def ingest(
     return Ingested(writer.rows, list(roles.seen), counts, duplicates, faults.total, has_text_pair, warnings)
 
 
+def warm_up() -> None:
+    """Take in one row, so that some 60 MB of the libraries' code is in memory before the first upload needs it."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "rows.jsonl"
+        source.write_text('{"text": "one row"}\n')
+        ingest(source, Path(directory) / "rows.parquet", format="jsonl")
+
+
 def ingest_apart(source: Path, sink: Path, **options: Any) -> Ingested:
     """`ingest` in a process of its own with bounded memory and time: a hostile Parquet file can crash Arrow, and a few
     bytes of one can stand for gigabytes.

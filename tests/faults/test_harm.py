@@ -229,6 +229,6 @@ def test_a_job_killed_at_many_steps_ends_in_the_same_weights(storage: Storage, m
             select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == "training.resumed").order_by(JobEvent.seq)
         )]  # fmt: skip
     assert steps == sorted(steps)
-    assert len(set(steps)) > 3
+    assert len(set(steps)) >= 3
     found = audited(storage)
     assert [len(digests) for digests in found.students.values()] == [1]
