@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from app import ledger, options
+from app.client import unpack
 from app.storage import storage
 from tests.support import TOPICS, add_dataset, run, sentences, tiny_spec
 
@@ -55,8 +55,7 @@ def events(client: TestClient, job: dict[str, Any], type: str) -> list[dict[str,
 def unpacked(client: TestClient, job: dict[str, Any], folder: Path) -> Path:
     tar = client.get(f"/jobs/{job['id']}/checkpoint")
     assert tar.status_code == 200
-    with tarfile.open(fileobj=io.BytesIO(tar.content)) as archive:
-        archive.extractall(folder, filter="data")
+    unpack(io.BytesIO(tar.content), folder)
     return folder
 
 

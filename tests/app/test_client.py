@@ -152,7 +152,7 @@ def test_a_tar_that_reaches_out_of_its_directory_is_refused(tmp_path: Path) -> N
         with pytest.raises(tarfile.TarError):
             unpack(tmp_path / "evil.tar", tmp_path / "inside")
     assert not (tmp_path / "outside").exists()
-    assert list((tmp_path / "inside").iterdir()) == []
+    assert not (tmp_path / "inside").exists()
 
 
 def test_a_busy_server_is_asked_again_after_the_time_it_names(

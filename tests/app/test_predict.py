@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from app import options, predict
 from app.api import checkpoints
+from app.client import unpack
 from app.config import settings
 from app.db import session_scope
 from app.errors import TooLarge, Unprocessable
@@ -136,8 +136,7 @@ def test_a_checkpoint_answers_for_texts_as_it_would_after_its_download(client: T
     assert answer.status_code == 200, answer.text
     body, calibration = answer.json(), job["evaluation"]["calibration"]
     tar = client.get(f"/jobs/{job['id']}/checkpoint").content
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        archive.extractall(tmp_path, filter="data")
+    unpack(io.BytesIO(tar), tmp_path)
     scores = torch.from_numpy(torch_logits(tmp_path, texts, None)).double() / calibration["temperature"]
     expected = scores.softmax(dim=1).numpy()
     found = np.array([list(entry["probabilities"].values()) for entry in body["data"]])
