@@ -223,7 +223,7 @@ def ingest(
 
 
 def warm_up() -> None:
-    """Take in one row, so that some 60 MB of the libraries' code is in memory before the first upload needs it."""
+    """Take in one row, so that the libraries' code is in memory before the first upload needs it: `benchmarks/upload_memory.py`."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "rows.jsonl"
         source.write_text('{"text": "one row"}\n')

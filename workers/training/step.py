@@ -20,8 +20,8 @@ from workers.training.data import Tokens, length_sorted_batches
 from workers.training.run import HeldOut, Measured, Pool, Run
 
 TRAIN_TOKENS_PER_BATCH = {"cpu": 384, "cuda": 65_536}
-"""Padded tokens of one forward pass with gradients. On the CPU measured: half the time of a batch of 32 short texts
-padded together (benchmarks/epoch_cost.py shows what it gains); a GPU wants it full."""
+"""Padded tokens of one forward pass with gradients. On a CPU, padding a batch of short texts to its longest costs more
+than the further passes do; a GPU wants it full. `python -m benchmarks.epoch_cost` times the loop beside the Trainer's."""
 Inputs = dict[str, Tensor]
 """A model's arguments for a batch."""
 
