@@ -13,19 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from app.client import Client
 from benchmarks.data import ROOT, SHARED, few_shot, read_split
+from benchmarks.record import Record, end_by_interrupt, find_or_submit, finished, serving, spread, upload
 
 DATA_SETS = {
     "emotion": {
@@ -92,10 +87,7 @@ def main() -> None:
     if not arguments.tables_only:
         if not SHARED.is_dir():
             sys.exit(f"results: the data sets are not at {SHARED}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        )  # a shell starts what runs in the background without it
+        end_by_interrupt()
         measure(arguments)
     outcome = json.loads((arguments.out / "results.json").read_text())
     (arguments.out / "results.md").write_text(document(outcome))
@@ -108,55 +100,25 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Run every job whose facts are not on record yet, and add each to the record as it ends."""
-    path = arguments.out / "results.json"
-    runs = recorded(path, arguments)
-    known = {identity(run) for run in runs}
+    record = Record(arguments.out / "results.json", chosen(arguments))
     # One seed of everything first, so that a run that is stopped is of use.
-    missing = [
+    missing = record.missing(
         {"data": name, "method": method, "seed": seed}
         for seed in range(arguments.seeds)
         for name in arguments.data
         for method in arguments.methods
-        if (name, method, seed) not in known
-    ]
+    )
     if not missing:
         return
-    understudy = str(Path(sys.executable).parent / "understudy")
-    places = ["--port", "0", "--data-dir", str(arguments.data_dir), "--workers", str(arguments.workers)]
-    server = subprocess.Popen([understudy, "up", *places], stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        ready = server.stdout.readline().split()
-        if ready[:1] != ["ready"]:
-            sys.exit("results: the server did not start")
-        key = (arguments.data_dir / "api-key").read_text().strip()
-        with Client(ready[1], key) as client:
-            for run, job in finished(client, submit_all(client, missing, arguments)):
-                runs.append({**run, **facts(job)})
-                runs.sort(key=identity)
-                path.write_text(json.dumps({"options": chosen(arguments), "runs": runs}, indent=1) + "\n")
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
-
-
-def identity(run: dict[str, Any]) -> tuple[str, str, int]:
-    """What tells one run of the table from another; sorts by data set, method and seed."""
-    return run["data"], run["method"], run["seed"]
+    with serving(arguments.data_dir, arguments.workers) as client:
+        for run, job in finished(client, submit_all(client, missing, arguments)):
+            record.add({**run, **facts(job)})
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that a figure depends on."""
     names = ("rows", "epochs", "shots", "precision", "validation_rows", "test_rows")
     return {name: getattr(arguments, name) for name in names}
-
-
-def recorded(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The runs on record that were made with these options; none when the record was made with others."""
-    if not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    return list(record["runs"]) if record["options"] == chosen(arguments) else []
 
 
 def submit_all(client: Client, missing: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -173,17 +135,6 @@ def submit_all(client: Client, missing: list[dict[str, Any]], arguments: argpars
         }  # fmt: skip
         runs.append({**run, "job": find_or_submit(client, wanted, tags)})
     return runs
-
-
-def find_or_submit(client: Client, spec: dict[str, Any], tags: dict[str, str]) -> str:
-    """The job of this very spec that has not failed, or a new one."""
-    filters = {f"metadata[{name}]": value for name, value in tags.items()}
-    for job in client.jobs(**filters):
-        same = all(job["spec"]["training"][name] == value for name, value in spec["training"].items())
-        same &= all(job["spec"]["method"].get(name) == value for name, value in spec["method"].items())
-        if same and job["status"] not in ("failed", "cancelled"):
-            return str(job["id"])
-    return str(client.submit({**spec, "metadata": tags})["id"])
 
 
 def base_spec(client: Client, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -204,27 +155,6 @@ def base_spec(client: Client, name: str, arguments: argparse.Namespace) -> dict[
             "examples": [{"text": row["text"], "label": row["label"]} for row in examples],
         },
     }
-
-
-def upload(client: Client, name: str, rows: list[dict[str, str]]) -> str:
-    """Upload rows and return the dataset's id."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(client.upload(path, name=name)["id"])
-
-
-def finished(client: Client, runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every run and its job once it has succeeded; a failed one ends the benchmark with its reason."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("jobs", total=len(runs))
-        for run in runs:
-            job = client.wait(run["job"], every=2.0)
-            if job["status"] != "succeeded":
-                sys.exit(f"results: {run['job']} {job['status']}: {job['error']}")
-            progress.advance(task)
-            yield run, job
 
 
 def facts(job: dict[str, Any]) -> dict[str, Any]:
@@ -284,7 +214,7 @@ def document(outcome: dict[str, Any]) -> str:
         for method in methods:
             group = [run for run in mine if run["method"] == method]
             lines.append(
-                f"| {method} | {spread(group, 'accuracy')} | {spread(group, 'macro_f1')}"
+                f"| {method} | {spread([run['accuracy'] for run in group])} | {spread([run['macro_f1'] for run in group])}"
                 f" | {100 * statistics.mean(run['ratio'] for run in group):.1f} %"
                 f" | {statistics.median(run['seconds'] for run in group) / base:.2f} |"
             )
@@ -303,13 +233,6 @@ def document(outcome: dict[str, Any]) -> str:
     if remarks.exists():
         lines += ["", remarks.read_text().strip()]
     return "\n".join(lines) + "\n"
-
-
-def spread(runs: list[dict[str, Any]], name: str) -> str:
-    """Mean ± standard deviation over the seeds, in per cent."""
-    values = [100 * run[name] for run in runs]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def plot(outcome: dict[str, Any], path: Path) -> None:

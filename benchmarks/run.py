@@ -1,6 +1,6 @@
 """Every benchmark that ends within minutes, one after the other: what `make bench` calls.
 
-benchmarks/results.py and benchmarks/cold_start.py take hours or tens of minutes and are called by themselves.
+benchmarks/results.py, lgtm_results.py, lgtm_search.py and cold_start.py take hours or tens of minutes and are called by themselves.
 """
 
 from __future__ import annotations
