@@ -28,6 +28,8 @@ from app.storage import Storage
 SHARED_BY_ALL = ("seed", "split_seed", "validation_share")
 """Training options that decide what a run is scored on, or that `seeds` names."""
 MAX_RUNS = 256
+ALONE = "teacher_alone"
+"""The method whose row holds the teacher's scores."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def table(storage: Storage, comparison: Comparison) -> dict[str, Any]:
                 **_row(name, runs[name]),
                 "method": arm["method"]["kind"],
                 "rank": ranks.get(name),
-                "teacher": _teacher(runs[name]) if arm["teacher"] else None,
+                "teacher": _teacher(runs[name]) if arm["teacher"] and arm["method"]["kind"] != ALONE else None,
                 "difference": None if name == names[0] else _difference(storage, runs[names[0]], runs[name]),
             }
             for name, arm in zip(names, comparison.spec["arms"], strict=True)
@@ -276,6 +278,8 @@ def _run(job: Job) -> dict[str, Any]:
 
 
 def _scores(job: Job, model: str) -> dict[str, Any] | None:
+    if job.method == ALONE:
+        model = "teacher"
     scores: dict[str, Any] | None = ((job.evaluation or {}).get("test") or {}).get(model)
     return scores
 

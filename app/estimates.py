@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app import labels
 from app.config import settings
 from app.models import Job, JobPhase, LabelSet, LabelShard
-from app.options import TAKD, EndpointTeacher, LLMTeacher, TeacherFirst
+from app.options import TAKD, EndpointTeacher, LLMTeacher, TeacherAlone, TeacherFirst
 from app.preflight import Plan
 from app.storage import Storage
 
@@ -66,6 +66,8 @@ def dry_run(session: Session, storage: Storage, tenant: str, plan: Plan) -> dict
 
 def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     """How long training will take, and whether that was measured on earlier jobs."""
+    if isinstance(plan.spec.method, TeacherAlone):
+        return 0.0, True
     rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
     epochs, method = plan.spec.training.epochs, plan.spec.method
     if isinstance(method, TeacherFirst):

@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 DEFAULT_STUDENT = "all-MiniLM-L6-v2"
 LEARNING_RATES = {DEFAULT_STUDENT: 2e-4, "scratch": 5e-4}
 OTHER_LEARNING_RATE = 5e-5
+SCRATCH_LAYERS = 4
+"""Of a model from scratch, where its number of layers is not asked for."""
 
 
 def default_learning_rate(model: str) -> float:
@@ -177,7 +179,35 @@ class DatasetTeacher(Options):
     """The confidence of a row that has a label and nothing else; the rest is spread evenly over the other labels."""
 
 
-Teacher = Annotated[EmbeddingTeacher | DatasetTeacher | CausalLMTeacher | EndpointTeacher, Field(discriminator="kind")]
+class Lbl2VecTeacher(Options):
+    """Lbl2TransformerVec: a label is where those of the unlabeled texts lie that its keywords are nearest to (Schopf 2022)."""
+
+    kind: Literal["lbl2vec"]
+    model: Annotated[Text, Field(min_length=1, max_length=300)] = "all-MiniLM-L6-v2"
+    """A sentence-transformers model: the bundled all-MiniLM-L6-v2, a directory under a model root, or a hub name."""
+    keywords: dict[
+        Annotated[Text, Field(max_length=200)],
+        Annotated[list[Annotated[Text, Field(min_length=1, max_length=200)]], Field(min_length=1, max_length=100)],
+    ] = {}
+    """Words that describe a label, by its name. A label not named here has its description, or else its name, split at
+    commas."""
+    documents: Annotated[int, Field(ge=1, le=100_000)] = 10_000
+    """How many of the dataset's first rows are looked through."""
+    similarity_offset: Annotated[float, Field(ge=0, le=2)] = 0.1
+    """A text counts for a label when its cosine with the keywords is at most this below the nearest text's."""
+    min_documents: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """At least so many texts count, the nearest first."""
+    max_documents: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """At most so many; null: no limit."""
+    temperature: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Softmax temperature on cosine similarities; null chooses 0.05."""
+    score_held_out: bool = True
+    """Also label the validation and test sets, so that the teacher's own accuracy stands beside the student's."""
+
+
+Teacher = Annotated[
+    EmbeddingTeacher | DatasetTeacher | CausalLMTeacher | EndpointTeacher | Lbl2VecTeacher, Field(discriminator="kind")
+]
 
 
 # --- student --------------------------------------------------------------------------------------------------------
@@ -239,6 +269,12 @@ class NoSelection(Options):
     """Train on every pseudo-labeled row (the paper's No_DS)."""
 
     kind: Literal["no_selection"]
+
+
+class TeacherAlone(Options):
+    """No student: the teacher's own scores on the validation and test sets, as a row of a table (Teacher, Teacher-ZS)."""
+
+    kind: Literal["teacher_alone"]
 
 
 class Random(Options):
@@ -473,6 +509,10 @@ class TAKD(Softened, ByDistance):
     temperature_squared: bool = True
     """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
 
+    def layers_between(self, teacher: int, student: int) -> int:
+        """The assistant's layers, with a teacher and a student of so many."""
+        return self.assistant_layers or -(-(teacher + student) // 2)
+
 
 class RCO(Softened, ByDistance):
     """Route-constrained optimisation: the student follows the teacher along its way, from anchor to anchor (1904.09149)."""
@@ -509,6 +549,7 @@ class MetaDistill(Softened, ByDistance, FeedsBack):
 Method = Annotated[
     LLKD
     | NoSelection
+    | TeacherAlone
     | Random
     | FreeMatch
     | SoftMatch
@@ -539,7 +580,8 @@ def needs_confidence(method: Method) -> bool:
         return method.use_teacher_confidence or method.weighted
     if isinstance(method, LLKDLGTM):
         return method.selection.use_teacher_confidence
-    return not isinstance(method, NoSelection | Random | FreeMatch | SoftMatch | UNIXKD | TaughtByEncoder)
+    indifferent = NoSelection | TeacherAlone | Random | FreeMatch | SoftMatch | UNIXKD | TaughtByEncoder
+    return not isinstance(method, indifferent)
 
 
 # --- training, budget, webhook, the whole spec ----------------------------------------------------------------------

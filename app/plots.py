@@ -61,12 +61,19 @@ def _save(stem: Path, paint: Callable[[Any], None]) -> Iterator[Path]:
 
 
 def _score_by_share(axes: Any, told: Told) -> None:
-    """Mean macro-F1 and its deviation over the seeds, against the share of the rows seen that was trained on."""
-    for arm in told["arms"]:
-        if arm["macro_f1"]["mean"] is not None and arm["share"] is not None:
+    """Mean macro-F1 and its deviation over the seeds, against the share of the rows seen that was trained on.
+
+    What trained on no rows, a teacher alone, is a line at its score.
+    """
+    for number, arm in enumerate(told["arms"]):
+        if arm["macro_f1"]["mean"] is None:
+            continue
+        if arm["share"] is None:
+            axes.axhline(100 * arm["macro_f1"]["mean"], color=f"C{number}", linestyle=":", label=arm["name"])
+        else:
             axes.errorbar(
                 100 * arm["share"], 100 * arm["macro_f1"]["mean"], yerr=100 * (arm["macro_f1"]["sd"] or 0), fmt="o",
-                capsize=3, label=arm["name"],
+                capsize=3, label=arm["name"], color=f"C{number}",
             )  # fmt: skip
     if teacher := told["teacher"]:
         axes.axhline(100 * teacher["macro_f1"], color="grey", linestyle="--", label="Teacher")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
@@ -11,14 +12,18 @@ from app.config import Settings
 from app.errors import Fault, InvalidSpec
 from app.models import Dataset
 from app.options import (
+    SCRATCH_LAYERS,
+    TAKD,
     DatasetTeacher,
     EndpointTeacher,
     Example,
     FeedsBack,
     JobSpec,
     Label,
+    Lbl2VecTeacher,
     LLMTeacher,
     TaughtByEncoder,
+    TeacherAlone,
     needs_confidence,
 )
 from app.storage import storage
@@ -65,23 +70,27 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     chosen = _labels(spec, datasets.get("train"), faults)
     warnings = _check_held_out(datasets, chosen, faults)
     _check_feedback(spec, faults)
+    _check_alone(spec, faults)
     revision = _check_models(spec, settings, faults)
+    if isinstance(spec.teacher, Lbl2VecTeacher):  # its answers depend on the texts it looks through
+        revision = f"{revision}/{spec.dataset_id}"
     if isinstance(spec.teacher, EndpointTeacher):
         revision = _check_endpoint(session, spec, spec.teacher, settings, faults)
     faults.refuse()
     for split, dataset in datasets.items():
         warnings += [{**warning, "split": split} for warning in dataset.warnings]
-    scored = [
+    scored: list[str] = [
         split
         for split in ("validation", "test")
         if split in datasets and getattr(spec.teacher, "score_held_out", False)
     ]
+    alone = isinstance(spec.method, TeacherAlone)
     return Plan(
         spec=spec,
         labels=chosen,
         datasets=datasets,
         fingerprint=labels.fingerprint(spec.teacher, chosen, revision),
-        splits_to_label=["train", *scored],
+        splits_to_label=scored if alone else ["train", *scored],
         warnings=warnings,
     )
 
@@ -187,6 +196,8 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: Faults) -> list[Label]
                 f"name the classes: a teacher of kind {spec.teacher.kind!r} has to choose among them",
             )
         _check_examples(spec, faults)
+        if isinstance(spec.teacher, Lbl2VecTeacher):
+            _check_names(spec.teacher.keywords, "/teacher/keywords", spec.labels, faults)
         if isinstance(spec.teacher, LLMTeacher):
             _check_verbalised(spec.teacher, spec.labels, faults)
         return spec.labels
@@ -237,14 +248,18 @@ def _check_examples(spec: JobSpec, faults: Faults) -> None:
             )
 
 
-def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: Faults) -> None:
-    """Every label is written in words of its own."""
+def _check_names(named: Iterable[str], pointer: str, chosen: list[Label], faults: Faults) -> None:
     names = {label.name for label in chosen}
-    for name in sorted(set(teacher.verbalised) - names if names else ()):
+    for name in sorted(set(named) - names if names else ()):
         faults.note(
-            "/teacher/verbalised", "unknown_label",
+            pointer, "unknown_label",
             f"{name!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`",
         )  # fmt: skip
+
+
+def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: Faults) -> None:
+    """Every label is written in words of its own."""
+    _check_names(teacher.verbalised, "/teacher/verbalised", chosen, faults)
     seen: dict[str, str] = {}
     for position, label in enumerate(chosen):
         written = teacher.written(label.name)
@@ -297,9 +312,26 @@ def _check_feedback(spec: JobSpec, faults: Faults) -> None:
         )  # fmt: skip
 
 
+def _check_alone(spec: JobSpec, faults: Faults) -> None:
+    if not isinstance(spec.method, TeacherAlone):
+        return
+    if not (spec.validation_dataset_id or spec.test_dataset_id):
+        faults.note(
+            "/method/kind", "nothing_to_score",
+            "the teacher alone is scored, and there is nothing to score it on; name a test_dataset_id",
+        )  # fmt: skip
+    if not getattr(spec.teacher, "score_held_out", False):
+        faults.note(
+            "/method/kind", "nothing_to_score",
+            "the teacher alone is scored, but this one says nothing about the test set; choose another teacher than "
+            "'dataset', with score_held_out",
+        )  # fmt: skip
+
+
 def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | None:
     """The teacher's revision, where it is a model."""
     revision = None
+    depths: dict[str, int] = {}
     wanted: list[tuple[str, str, pretrained.Purpose]] = [("/student/model", spec.student.model, "student")]
     encoders = {"/student/model": spec.student}
     if isinstance(spec.method, TaughtByEncoder):
@@ -315,12 +347,28 @@ def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | No
         else:
             if pointer == "/teacher/model":
                 revision = source.revision
-            elif source.layers is not None and (encoders[pointer].num_layers or 0) > source.layers:
+                continue
+            asked = encoders[pointer].num_layers
+            if depth := asked or source.layers or (SCRATCH_LAYERS if source.kind == "scratch" else None):
+                depths[pointer] = depth
+            if source.layers is not None and (asked or 0) > source.layers:
                 faults.note(
                     pointer.replace("model", "num_layers"), "too_many_layers",
                     f"{name!r} has {source.layers} layers; ask for at most that many, or leave num_layers out to keep all",
                 )  # fmt: skip
+    if isinstance(spec.method, TAKD) and len(depths) == 2:
+        _check_assistant(spec.method, depths["/method/teacher/model"], depths["/student/model"], faults)
     return revision
+
+
+def _check_assistant(method: TAKD, teacher: int, student: int, faults: Faults) -> None:
+    layers = method.layers_between(teacher, student)
+    if layers > teacher:
+        faults.note(
+            "/method/assistant_layers", "assistant_too_deep",
+            f"the assistant, of {layers} layers, is deeper than its teacher of {teacher}; ask for fewer, or for a teacher that is "
+            "deeper than the student",
+        )  # fmt: skip
 
 
 def _check_endpoint(

@@ -36,6 +36,7 @@ from workers.failures import failure_of
 from workers.reporter import Heartbeat
 from workers.teachers import TEACHERS
 from workers.teachers.endpoint import EndpointTeacher
+from workers.teachers.lbl2vec import Lbl2VecTeacher
 from workers.teachers.teacher import AskedToStop, Row, Teacher, TeacherAway
 
 log = structlog.get_logger()
@@ -108,7 +109,8 @@ def gate_job(job_id: str, worker: str, stopping: threading.Event) -> bool:
     if begun is None:
         return False
     job, label_set = begun[:2]
-    wanted = job.spec["labeling"]["smoke_gate"] and job.spec["teacher"]["kind"] != "dataset"
+    rows = begun[-1]
+    wanted = rows > 0 and job.spec["labeling"]["smoke_gate"] and job.spec["teacher"]["kind"] != "dataset"
     if label_set.gate is not None or not wanted:
         return True
     with _telling(partial(lifecycle.fail_labeling, label_set_id=label_set.id), job_id=job_id) as ok:
@@ -344,6 +346,9 @@ def teacher_for(spec: JobSpec, names: list[Label], fingerprint: str) -> Teacher:
             allow_hub=settings().allow_hub,
         )
     teacher: Teacher = TEACHERS[spec.teacher.kind](spec.teacher, names, source)
+    if isinstance(teacher, Lbl2VecTeacher):
+        dataset = patiently(lambda session: session.get_one(Dataset, spec.dataset_id))
+        teacher.learn(read_rows(storage(), dataset, 0, min(dataset.rows, teacher.documents)))
     _loaded = (fingerprint, teacher)
     return teacher
 

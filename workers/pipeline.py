@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from app.config import settings
 from app.db import patiently
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
-from app.options import PKD, TAKD, FeedsBack, JobSpec, LLMTeacher, TaughtByEncoder
+from app.options import PKD, TAKD, FeedsBack, JobSpec, LLMTeacher, TaughtByEncoder, TeacherAlone
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
 from workers import artifacts, calibration, label_report
@@ -30,7 +29,7 @@ from workers.training import resume
 from workers.training.data import Tokens, tokenise
 from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
-from workers.training.evaluation import Answers, calibrate, evaluate, predict_probabilities
+from workers.training.evaluation import Answers, Scores, calibrate, evaluate, predict_probabilities
 from workers.training.run import HeldOut, Pool, Run, begin
 from workers.training.splits import Splits, choose, exact_groups, near_groups
 
@@ -87,6 +86,9 @@ def run_job(job: Job, report: Reporter) -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     material = gather(job, files)
+    if isinstance(material.spec.method, TeacherAlone):
+        score_alone(job, files, material, report)
+        return
     probabilities = material.probabilities("train")
     _refuse_a_constant_teacher(material, probabilities)
     tell_calibration(job, material, report)
@@ -306,13 +308,7 @@ def _encoder(material: Material, wish: StudentOptions) -> Student:
 
 def _assistant(material: Material, method: TAKD, teacher: Student, student: Student) -> Student:
     depths = [encoder.model.config.num_hidden_layers for encoder in (teacher, student)]
-    layers = method.assistant_layers or math.ceil(sum(depths) / 2)
-    if layers > depths[0]:
-        raise WorkFailed(
-            "assistant_too_deep",
-            f"An assistant of {layers} layers is deeper than its teacher of {depths[0]}; "
-            "ask for fewer in method.assistant_layers, or for a teacher that is deeper than the student.",
-        )
+    layers = method.layers_between(*depths)
     return _encoder(material, method.teacher.model_copy(update={"num_layers": layers}))
 
 
@@ -385,14 +381,7 @@ def score(
             "teacher": None,
         }
         if split in material.answers:
-            teacher = torch.from_numpy(material.probabilities(split))
-            answered = ~teacher[:, 0].isnan()
-            known = [name if ok else None for name, ok in zip(gold, answered.tolist(), strict=True)]
-            if any(name is not None for name in known):
-                scores = evaluate(teacher.nan_to_num(0.0), known, material.labels, seed)
-                if material.teacher_report["confidence_method"] == "none":
-                    scores["expected_calibration_error"] = None
-                evaluation[split]["teacher"] = scores
+            evaluation[split]["teacher"] = _teacher_scores(material, split)
         if split == "test":
             asked = material.probabilities(split) if split in material.answers else None
             artifacts.write_predictions(files, job.id, gold, material.labels, predicted.numpy(), asked)
@@ -419,6 +408,47 @@ def score(
             scores = evaluate(torch.from_numpy(np.nan_to_num(probabilities)), known, material.labels, seed)
             evaluation["pseudo_labels"] = {name: scores[name] for name in ("rows", "accuracy", "macro_f1")}
     return evaluation
+
+
+def _teacher_scores(material: Material, split: str) -> Scores | None:
+    """Of the rows that it has answered and that have a true label; None where there is none."""
+    teacher = torch.from_numpy(material.probabilities(split))
+    answered = ~teacher[:, 0].isnan()
+    known = [name if ok else None for name, ok in zip(material.gold(split), answered.tolist(), strict=True)]
+    if not any(name is not None for name in known):
+        return None
+    scores = evaluate(teacher.nan_to_num(0.0), known, material.labels, material.spec.training.seed)
+    if material.teacher_report["confidence_method"] == "none":
+        scores["expected_calibration_error"] = None
+    return scores
+
+
+def score_alone(job: Job, files: Storage, material: Material, report: Reporter) -> None:
+    """The end of a job without a student: the teacher's scores, and its answers on the test set in the student's place."""
+    tell_calibration(job, material, report)
+    rows = sum(material.datasets[split].rows for split in material.answers)
+    report.phase("evaluating", rows)
+    evaluation: dict[str, Any] = {
+        split: {"source": "dataset", "student": None, "teacher": _teacher_scores(material, split)}
+        if split in material.answers
+        else None
+        for split in ("validation", "test")
+    }
+    if all(not (found and found["teacher"]) for found in evaluation.values()):
+        raise WorkFailed("nothing_labeled", "The teacher answered none of the rows that it is scored on.")
+    if "test" in material.answers:
+        said = material.probabilities("test")
+        artifacts.write_predictions(files, job.id, material.gold("test"), material.labels, said, said)
+    report.metrics(0, 0.0, final_metrics(evaluation))
+    report.flush()
+
+    def end(session: Session) -> None:
+        held = lifecycle.held(session, job.id, report.attempt)
+        held.evaluation = evaluation
+        lifecycle.advance_phase(session, held.id, "evaluating", rows, finished=True)
+        lifecycle.finish(session, held)
+
+    patiently(end)
 
 
 def report_labels(

@@ -425,12 +425,14 @@ def test_a_zero_shot_teacher_and_a_student_of_few_gold_labels_stand_in_the_same_
         ARMS[1],
         {"name": "zero-shot", "method": {"kind": "no_selection"}, "teacher": {"kind": "embedding"}},
         {"name": "gold", "method": {"kind": "no_selection"}, "teacher": {"kind": "dataset"}, "dataset_id": add_dataset(few)},
+        {"name": "Teacher-ZS", "method": {"kind": "teacher_alone"}, "teacher": {"kind": "embedding"}},
+        {"name": "Lbl2TransformerVec", "method": {"kind": "teacher_alone"}, "teacher": {"kind": "lbl2vec", "documents": 12}},
     ]  # fmt: skip
     made = started(client, teacher={"kind": "embedding", "examples": examples}, labels=LABELS, arms=arms, seeds=[0])
-    assert len({job_of(job_id).label_set_id for job_id in jobs_of(made)}) == 3
+    assert len({job_of(job_id).label_set_id for job_id in jobs_of(made)}) == 5
     run_all(made)
     told = look(client, made)
-    assert [arm["status"] for arm in told["arms"]] == ["succeeded"] * 3
+    assert [arm["status"] for arm in told["arms"]] == ["succeeded"] * 5, told["arms"]
     own = [job_of(job_id).evaluation["test"]["teacher"] for job_id in jobs_of(made)]  # type: ignore[index]
     assert told["teacher"]["macro_f1"] == own[0]["macro_f1"]
     assert told["arms"][1]["teacher"]["macro_f1"] == own[1]["macro_f1"] != own[0]["macro_f1"]
@@ -439,3 +441,24 @@ def test_a_zero_shot_teacher_and_a_student_of_few_gold_labels_stand_in_the_same_
     lines = client.get(f"/comparisons/{made['id']}/table").text.splitlines()
     assert lines[2].startswith(f"| Teacher | {100 * own[0]['accuracy']:.1f} |")
     assert lines[3].startswith(f"| Teacher of zero-shot | {100 * own[1]['accuracy']:.1f} |")
+    alone, found = told["arms"][3:]
+    assert (alone["macro_f1"]["mean"], alone["accuracy"]["mean"]) == (own[1]["macro_f1"], own[1]["accuracy"])
+    assert (alone["teacher"], alone["share"], alone["seconds"]) == (None, None, None)
+    assert alone["difference"]["macro_f1"]["mean"] == pytest.approx(
+        own[1]["macro_f1"] - told["arms"][0]["macro_f1"]["mean"]
+    )
+    assert all(arm["rank"] is not None for arm in told["arms"])
+    assert f"| Teacher-ZS | {100 * own[1]['accuracy']:.1f} |" in lines[7]
+    job = client.get(f"/jobs/{found['runs'][0]['job_id']}").json()
+    assert (job["best_checkpoint_id"], job["selection"], job["progress"]) == (None, None, 1.0)
+    assert sum(job["labeling"]["teacher"]["documents_of_each_label"]) >= 3
+    assert {shard.split for shard in shards_of(job["id"])} == {"test"}, "train rows are looked through, not labeled"
+
+
+@pytest.mark.parametrize("changes", [{"teacher": {"kind": "dataset"}, "labels": []}, {"test_dataset_id": None}])
+def test_a_teacher_that_cannot_be_scored_alone_is_refused(client: TestClient, changes: dict[str, Any]) -> None:
+    spec = {name: value for name, value in wish().items() if name not in ("arms", "seeds")}
+    spec |= {"teacher": {"kind": "embedding"}, "labels": LABELS, "method": {"kind": "teacher_alone"}} | changes
+    answer = client.post("/jobs", json=spec)
+    assert answer.status_code == 422
+    assert [(fault["pointer"], fault["code"]) for fault in answer.json()["errors"]] == [("/method/kind", "nothing_to_score")]  # fmt: skip

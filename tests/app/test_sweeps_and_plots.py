@@ -53,7 +53,11 @@ def series(values: list[float | None]) -> list[dict[str, Any]]:
 
 
 def test_plots_show_every_arm_that_has_the_series_and_nothing_is_drawn_without_one(tmp_path: Path) -> None:
-    told = {"teacher": {"macro_f1": 0.7}, "arms": [arm("first & best", ["a", "b"], 0.8), arm("failed", [], None)]}
+    alone = arm("a teacher alone", [], 0.6) | {"share": None}
+    told = {
+        "teacher": {"macro_f1": 0.7},
+        "arms": [arm("first & best", ["a", "b"], 0.8), arm("failed", [], None), alone],
+    }
     metrics = {
         "a": {"ratio": series([0.2, None, 0.4] * 40), "validation_macro_f1": series([0.5, 0.6])},
         "b": {"ratio": series([0.4, 0.3, 0.6] * 40), "validation_macro_f1": series([0.7, 0.6])},
@@ -68,3 +72,4 @@ def test_plots_show_every_arm_that_has_the_series_and_nothing_is_drawn_without_o
             assert any("first & best" in text for text in texts) or b"first &amp; best" in file.read_bytes(), file.name
         else:
             assert file.read_bytes().startswith(b"\x89PNG")
+    assert b"a teacher alone" in (tmp_path / "plots" / "score_by_share.svg").read_bytes()

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from app import options
+from app.errors import InvalidSpec
 from tests.support import add_dataset, run, sentences, submit, tiny_spec
 from tests.workers.pairs import CLASSES, TRAINING, batch, feedback, optimizer, pair
 from tests.workers.test_lgtm_job import TEACHER, series
@@ -196,23 +197,21 @@ def test_every_one_of_them_is_a_job(kind: str, database: Engine) -> None:
     assert phase.done == phase.total
 
 
+def test_layers_of_different_widths_are_refused(database: Engine) -> None:
+    wide = {"kind": "pkd", "teacher": {**TEACHER, "hidden_size": 64}}
+    student = {**TEACHER, "num_layers": 1}
+    job = run(submit(tiny_spec(add_dataset(sentences(40, 1)), method=wide, student=student)))
+    assert (job.status, job.error and job.error["code"]) == ("failed", "widths_differ")
+
+
 @pytest.mark.parametrize(
-    ("kind", "wish", "code"),
-    [
-        ("pkd", {"teacher": {**TEACHER, "hidden_size": 64}}, "widths_differ"),
-        ("takd", {"teacher": TEACHER, "assistant_layers": 3}, "assistant_too_deep"),
-    ],
-)
-def test_models_that_do_not_go_together_are_refused(
-    kind: str, wish: dict[str, Any], code: str, database: Engine
+    ("assistant", "student"), [({"assistant_layers": 3}, {"num_layers": 1}), ({}, {"num_layers": None}), ({}, {"num_layers": 3})]
+)  # fmt: skip
+def test_an_assistant_deeper_than_its_teacher_is_refused_at_the_door(
+    assistant: dict[str, Any], student: dict[str, Any], database: Engine
 ) -> None:
-    job = run(
-        submit(
-            tiny_spec(
-                add_dataset(sentences(40, 1)), method={"kind": kind, **wish}, student={**TEACHER, "num_layers": 1}
-            )
-        )
-    )
-    assert job.status == "failed"
-    assert job.error is not None
-    assert job.error["code"] == code
+    method = {"kind": "takd", "teacher": {**TEACHER, "num_layers": 2}, **assistant}
+    with pytest.raises(InvalidSpec) as refused:
+        submit(tiny_spec(add_dataset(sentences(40, 1)), method=method, student={**TEACHER, **student}))
+    faults = [(fault["pointer"], fault["code"]) for fault in refused.value.errors]
+    assert faults == [("/method/assistant_layers", "assistant_too_deep")]

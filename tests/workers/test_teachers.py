@@ -15,11 +15,21 @@ from sklearn.linear_model import LogisticRegression
 from app import pretrained
 from app.config import settings
 from app.embedded import Embedded
-from app.options import CausalLMTeacher, DatasetTeacher, EmbeddingTeacher, EndpointTeacher, Example, Label
+from app.options import (
+    CausalLMTeacher,
+    DatasetTeacher,
+    EmbeddingTeacher,
+    EndpointTeacher,
+    Example,
+    Label,
+    Lbl2VecTeacher,
+)
 from tests.llms import tiny_llama
 from tests.openai_server import ALTERNATIVES, World, serving
 from workers.teachers import TEACHERS, Row, Teacher, linear_head
 from workers.teachers.embedding import Encoder, pair_features
+from workers.teachers.lbl2vec import Lbl2VecTeacher as Lbl2Vec
+from workers.teachers.lbl2vec import label_vector
 from workers.teachers.linear_head import View
 
 LABELS = [Label(name="sports"), Label(name="food", description="cooking and eating"), Label(name="money")]
@@ -83,11 +93,14 @@ def teachers(bundled: pretrained.Source, llama: pretrained.Source, endpoint: Non
         "embedding, examples": EmbeddingTeacher(kind="embedding", examples=EXAMPLES),
         "embedding, pairs": EmbeddingTeacher(kind="embedding", examples=PAIRS),
         "embedding, one example a label": EmbeddingTeacher(kind="embedding", examples=EXAMPLES[::3]),
+        "lbl2vec": Lbl2VecTeacher(kind="lbl2vec"),
     }
-    return {
+    made = {
         name: TEACHERS[option.kind](option, LABELS, llama if option.kind == "causal_lm" else bundled)
         for name, option in options.items()
     }
+    made["lbl2vec"].learn([Row(example.text) for example in EXAMPLES])  # type: ignore[attr-defined]
+    return made
 
 
 EVERY_KIND = pytest.mark.parametrize(
@@ -101,6 +114,7 @@ EVERY_KIND = pytest.mark.parametrize(
         "embedding, examples",
         "embedding, pairs",
         "embedding, one example a label",
+        "lbl2vec",
     ],
 )
 
@@ -152,6 +166,41 @@ def test_the_order_of_rows_does_not_matter(teachers: dict[str, Teacher], name: s
 @EVERY_KIND
 def test_the_report_can_be_stored_as_json(teachers: dict[str, Teacher], name: str) -> None:
     assert json.loads(json.dumps(teachers[name].report(), allow_nan=False))["mode"]
+
+
+# --- lbl2vec --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected", "count"),
+    [
+        ({"offset": 0.0}, [1.0, 0.0], 1),
+        ({"offset": 0.2}, [3.0, 1.0], 2),  # (1, 0) and (0.8, 0.6), of cosines 1 and 0.8: their sum is (1.8, 0.6)
+        ({"offset": 0.0, "at_least": 2}, [3.0, 1.0], 2),
+        ({"offset": 2.0, "at_most": 2}, [3.0, 1.0], 2),
+        ({"offset": 2.0}, [9.0, 8.0], 3),  # (1.8, 1.6)
+        ({"offset": 0.0, "at_least": 9}, [9.0, 8.0], 3),
+    ],
+)
+def test_a_label_lies_at_the_centroid_of_the_texts_nearest_to_its_keywords(
+    limits: dict[str, float], expected: list[float], count: int
+) -> None:
+    documents = np.array([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6]], np.float32)
+    keywords = np.array([1.0, 0.0], np.float32)
+    vector, found = label_vector(documents, keywords, **({"at_least": 1, "at_most": None} | limits))  # type: ignore[arg-type]
+    np.testing.assert_allclose(vector, np.array(expected) / np.linalg.norm(expected), atol=1e-6)
+    assert found == count
+
+
+def test_keywords_are_those_of_the_options_or_the_words_of_the_description(bundled: pretrained.Source) -> None:
+    def labels(options: Lbl2VecTeacher, label: Label) -> np.ndarray:
+        return Lbl2Vec(options, [label, LABELS[0]], bundled)._labels[0]
+
+    plain = Lbl2VecTeacher(kind="lbl2vec")
+    named = Lbl2VecTeacher(kind="lbl2vec", keywords={"food": ["soup", "fried fish"]})
+    described = Label(name="food", description="soup, fried fish")
+    np.testing.assert_array_equal(labels(named, Label(name="food")), labels(plain, described))
+    assert np.abs(labels(plain, Label(name="food")) - labels(plain, described)).max() > 0.01
 
 
 # --- dataset --------------------------------------------------------------------------------------------------------

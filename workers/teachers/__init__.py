@@ -4,6 +4,7 @@ from workers.teachers.causal_lm import CausalLMTeacher
 from workers.teachers.dataset import DatasetTeacher
 from workers.teachers.embedding import EmbeddingTeacher
 from workers.teachers.endpoint import EndpointTeacher
+from workers.teachers.lbl2vec import Lbl2VecTeacher
 from workers.teachers.teacher import Labeled, Row, Teacher
 
 TEACHERS: dict[str, type[Teacher]] = {
@@ -11,6 +12,7 @@ TEACHERS: dict[str, type[Teacher]] = {
     "dataset": DatasetTeacher,
     "embedding": EmbeddingTeacher,
     "endpoint": EndpointTeacher,
+    "lbl2vec": Lbl2VecTeacher,
 }
 
 __all__ = ["TEACHERS", "Labeled", "Row", "Teacher"]

@@ -31,7 +31,6 @@ from transformers import (
 from app import options, pretrained
 from app.pretrained import ModelUnresolvable, Source
 
-SCRATCH_LAYERS = 4
 # A vocabulary of a few thousand pieces no longer changes after this many texts, and training it on more takes minutes.
 BPE_TEXTS = 200_000
 # What a tokenizer remembers of the place and the calls it was made for; wrong in the student's own directory.
@@ -216,7 +215,7 @@ def _scratch_config(wish: options.Student, tokenizer: RobertaTokenizer) -> Rober
     return RobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=wish.hidden_size,
-        num_hidden_layers=wish.num_layers or SCRATCH_LAYERS,
+        num_hidden_layers=wish.num_layers or options.SCRATCH_LAYERS,
         num_attention_heads=max(heads for heads in range(1, most + 1) if wish.hidden_size % heads == 0),
         intermediate_size=4 * wish.hidden_size,
         # Positions start at pad_token_id + 1 = 2.
