@@ -103,6 +103,7 @@ def _job_spec(spec: ComparisonSpec, arm: Arm) -> JobSpec:
 def check(session: Session, tenant: str, spec: ComparisonSpec, settings: Settings) -> Plans:
     """The plans of a comparison whose jobs can all succeed. Raises InvalidSpec with every reason why they cannot."""
     faults = Faults()
+    preflight.check_webhook(spec.webhook, settings, faults)
     plans = []
     for position, (arm, job_spec) in enumerate(zip(spec.arms, job_specs(spec), strict=True)):
         try:
@@ -196,7 +197,7 @@ def status(jobs: Sequence[Job]) -> str:
     """One word for several jobs. Ended with at least one success is `succeeded`: what failed stands in the table."""
     found = {job.status for job in jobs}
     if found <= set(lifecycle.TERMINAL):
-        return next(name for name in ("succeeded", "failed", "cancelled") if name in found)
+        return lifecycle.joint_end(found)
     live = found - set(lifecycle.TERMINAL)
     if live == {"paused"}:
         return "paused"

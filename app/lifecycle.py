@@ -29,6 +29,7 @@ from app.config import settings
 from app.errors import IllegalMove, NotFound
 from app.models import (
     PHASES,
+    Comparison,
     Dataset,
     Job,
     JobEvent,
@@ -352,8 +353,25 @@ def _requeue(session: Session, job: Job) -> None:
 
 def _end(session: Session, job: Job, status: str) -> None:
     job.status, job.finished_at, job.lease_expires_at, job.worker = status, now(), None, None
-    webhooks.note_end(session, job)
+    webhooks.note_end(session, job, status)
     session.flush()
+    if job.comparison_id is not None:
+        _end_comparison(session, job.comparison_id)
+
+
+def _end_comparison(session: Session, comparison_id: str) -> None:
+    """Where this was the comparison's last run, tell its end."""
+    # Locked after the runs, and always last: of two runs that end at once, the second sees that the first has.
+    comparison = session.get_one(Comparison, comparison_id, with_for_update={"key_share": True})
+    statuses = set(session.scalars(select(Job.status).where(Job.comparison_id == comparison_id)))
+    if statuses <= set(TERMINAL):
+        webhooks.note_end(session, comparison, joint_end(statuses))
+        session.flush()
+
+
+def joint_end(statuses: set[str]) -> str:
+    """One word for several jobs that have ended: with at least one success it is `succeeded`."""
+    return next(name for name in ("succeeded", "failed", "cancelled") if name in statuses)
 
 
 # --- whose turn it is -----------------------------------------------------------------------------------------------

@@ -398,18 +398,20 @@ class Checkpoint(Base):
 
 
 class WebhookDelivery(Base):
-    """A call to make, or made, to the URL that a job's spec names; the states are drawn in app/webhooks.py."""
+    """A call to make, or made, to the URL that a job's or comparison's spec names; the states are drawn in app/webhooks.py."""
 
     __tablename__ = "webhook_deliveries"
     __table_args__ = (
         CheckConstraint("status IN ('pending', 'delivered', 'failed')", name="status"),
+        CheckConstraint("(job_id IS NULL) <> (comparison_id IS NULL)", name="of_one"),
         Index("ix_webhook_deliveries_due", "next_attempt_at", postgresql_where=text("status = 'pending'")),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     """Sent as `webhook-id`."""
     tenant: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    comparison_id: Mapped[str | None] = mapped_column(ForeignKey("comparisons.id", ondelete="CASCADE"), index=True)
     type: Mapped[str] = mapped_column(String(64))
     url: Mapped[str] = mapped_column(String(2000))
     payload: Mapped[dict[str, Any]]

@@ -647,7 +647,7 @@ def _http_url(value: str) -> str:
 
 
 class Webhook(Options):
-    """Whom to tell when the job has ended, by a signed POST (standardwebhooks.com)."""
+    """Whom to tell when the job, or every run of the comparison, has ended, by a signed POST (standardwebhooks.com)."""
 
     url: Annotated[Text, Field(max_length=2000), AfterValidator(_http_url)]
     """An http or https URL without credentials or fragment, on a public address."""
@@ -766,6 +766,8 @@ class ComparisonSpec(Options):
     """Each arm is run once with each."""
     metadata: Metadata = {}
     """Also given to every job."""
+    webhook: Webhook | None = None
+    """Called when every run has ended."""
 
     @field_validator("arms")
     @classmethod

@@ -24,6 +24,7 @@ from app.options import (
     LLMTeacher,
     TaughtByEncoder,
     TeacherAlone,
+    Webhook,
     needs_confidence,
 )
 from app.storage import storage
@@ -64,7 +65,7 @@ class Faults(list[Fault]):
 def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> Plan:
     """The plan of a job that can succeed. Raises InvalidSpec with every reason why it cannot."""
     faults = Faults()
-    _check_webhook(spec, settings, faults)  # before the datasets are held: a name may take a while to resolve
+    check_webhook(spec.webhook, settings, faults)  # before the datasets are held: a name may take a while to resolve
     datasets = _datasets(session, tenant, spec, faults)
     spec = _with_candidates(session, tenant, spec, datasets.get("train"), faults)
     chosen = _labels(spec, datasets.get("train"), faults)
@@ -95,8 +96,9 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     )
 
 
-def _check_webhook(spec: JobSpec, settings: Settings, faults: Faults) -> None:
-    if spec.webhook is not None and not settings.webhook_allow_private and webhooks.leads_inside(spec.webhook.url):
+def check_webhook(webhook: Webhook | None, settings: Settings, faults: Faults) -> None:
+    """A webhook leads to where the service may call."""
+    if webhook is not None and not settings.webhook_allow_private and webhooks.leads_inside(webhook.url):
         faults.note(
             "/webhook/url",
             "webhook_not_public",

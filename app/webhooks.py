@@ -1,10 +1,10 @@
-"""Webhooks: a row for every job that ends, sent to the client's URL signed (Standard Webhooks), again until taken.
+"""Webhooks: a row for every job or comparison that ends, sent to the client's URL signed (Standard Webhooks), again until taken.
 
     note_end() ──▶ pending ── deliver() ──▶ delivered
                     │  ▲ │
           back-off  └──┘ └── the last attempt failed ──▶ failed ── redeliver() ──▶ pending
 
-The row is written with the job's end, in one transaction, so no call is lost. A sender claims rows by moving their
+The row is written with the end it tells of, in one transaction, so no call is lost. A sender claims rows by moving their
 `next_attempt_at` into the future, sends without a transaction, and records the outcome where its claim still holds. A
 sender that dies leaves a claim that runs out: the call is sent again under the same id, by which receivers drop doubles.
 """
@@ -31,7 +31,7 @@ from standardwebhooks import Webhook
 
 from app.config import settings
 from app.db import session_scope
-from app.models import Job, WebhookDelivery, WebhookSecret, new_id, now
+from app.models import Comparison, Job, WebhookDelivery, WebhookSecret, new_id, now
 
 DELAYS = (5, 300, 1800, 7200, 18_000, 36_000, 36_000)
 """Seconds after each failed attempt, about 28 hours in all; there is one attempt more than delays."""
@@ -63,17 +63,18 @@ class PrivateAddress(Exception):
 # --- the record -----------------------------------------------------------------------------------------------------
 
 
-def note_end(session: Session, job: Job) -> None:
-    """The job has ended: store the call its owner asked for, if any, to be sent once this is committed."""
-    webhook = job.spec.get("webhook")
+def note_end(session: Session, ended: Job | Comparison, status: str) -> None:
+    """A job or comparison has ended so: store the call its owner asked for, if any, to be sent once this is committed."""
+    webhook = ended.spec.get("webhook")
     if webhook is None:
         return
-    kind = f"job.{job.status}"
-    payload = {"type": kind, "timestamp": now().isoformat(), "data": {"id": job.id, "status": job.status}}
+    of = "job" if isinstance(ended, Job) else "comparison"
+    kind = f"{of}.{status}"
+    payload = {"type": kind, "timestamp": now().isoformat(), "data": {"id": ended.id, "status": status}}
     session.add(
         WebhookDelivery(
-            id=new_id("whd"), tenant=job.tenant, job_id=job.id, type=kind, url=webhook["url"], payload=payload,
-            next_attempt_at=func.now(),
+            id=new_id("whd"), tenant=ended.tenant, type=kind, url=webhook["url"], payload=payload,
+            next_attempt_at=func.now(), **{f"{of}_id": ended.id},
         )
     )  # fmt: skip
 

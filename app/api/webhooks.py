@@ -7,13 +7,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import Field
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
+from sqlalchemy.orm import Session
 
 from app import webhooks
 from app.api.deps import PageDep, SessionDep, TenantDep, needs, newest_first, owned, problems
 from app.api.schemas import PageRead, Read
 from app.errors import BadRequest, NotFound, TooLarge, Unauthorized, Unprocessable, UnsupportedMedia
-from app.models import Job, WebhookDelivery
+from app.models import Comparison, Job, WebhookDelivery
 from app.options import Options
 
 router = APIRouter(tags=["webhooks"])
@@ -40,7 +41,9 @@ class DeliveryRead(Read):
 
     id: str
     """Sent as `webhook-id`, the same at every attempt."""
-    job_id: str
+    job_id: str | None
+    comparison_id: str | None
+    """Which of the two has ended."""
     type: str
     url: str
     payload: dict[str, Any]
@@ -89,8 +92,24 @@ def rotate_secret(body: SecretRotate, session: SessionDep, tenant: TenantDep) ->
 def list_deliveries(job_id: str, session: SessionDep, tenant: TenantDep, page: PageDep) -> dict[str, Any]:
     """The webhook calls of a job, newest first."""
     job = owned(session, Job, job_id, tenant)
-    query = select(WebhookDelivery).where(WebhookDelivery.job_id == job.id)
-    found = newest_first(session, query, WebhookDelivery, page)
+    return _deliveries(session, WebhookDelivery.job_id == job.id, page)
+
+
+@router.get(
+    "/comparisons/{comparison_id}/deliveries",
+    response_model=PageRead[DeliveryRead],
+    responses=problems(Unauthorized, NotFound),
+)
+def list_deliveries_of_a_comparison(
+    comparison_id: str, session: SessionDep, tenant: TenantDep, page: PageDep
+) -> dict[str, Any]:
+    """The webhook calls of a comparison, newest first."""
+    comparison = owned(session, Comparison, comparison_id, tenant)
+    return _deliveries(session, WebhookDelivery.comparison_id == comparison.id, page)
+
+
+def _deliveries(session: Session, wanted: ColumnElement[bool], page: PageDep) -> dict[str, Any]:
+    found = newest_first(session, select(WebhookDelivery).where(wanted), WebhookDelivery, page)
     return {**found, "data": [DeliveryRead.of(delivery) for delivery in found["data"]]}
 
 

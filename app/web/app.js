@@ -1,6 +1,7 @@
-// The dashboard: a form for the key, the list of jobs, and a page for each. The address after # says which.
+// The dashboard: a form for the key, the lists of jobs and comparisons, and a page for each. The address after # says which.
 
 import { Refused, get, key } from "./api.js";
+import { showComparison, showComparisons } from "./comparison.js";
 import { age, bar, h, percent, status } from "./dom.js";
 import { showJob } from "./job.js";
 
@@ -24,6 +25,8 @@ async function route() {
   const [, page, id] = location.hash.split("/");
   try {
     if (page === "jobs" && id) await showJob(main, decodeURIComponent(id), signal, attempt(signal));
+    else if (page === "comparisons" && id) await showComparison(main, decodeURIComponent(id), signal, attempt(signal));
+    else if (page === "comparisons") await showComparisons(main, signal, attempt(signal));
     else await showJobs(signal);
   } catch (error) {
     answer(error, signal);

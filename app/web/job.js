@@ -102,6 +102,7 @@ function heading(job) {
     ["Selected", job.selection ? `${count(job.selection.selected)} of ${count(job.selection.seen)} (${percent(job.selection.ratio)})` : "–"],
     ["Teacher tokens", `${count(job.labeling.tokens)}, saved by the cache ${count(job.labeling.tokens_saved)}`],
     ["Attempt", count(job.attempt)],
+    ...(job.comparison_id ? [["Comparison", h("a", { href: `#/comparisons/${encodeURIComponent(job.comparison_id)}` }, job.arm)]] : []),
   ];
   const took = job.started_at && job.finished_at && (new Date(job.finished_at) - new Date(job.started_at)) / 1000;
   return [

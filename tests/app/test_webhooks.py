@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from sqlalchemy import Engine, func, select, text
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from app import lifecycle, webhooks
+from app import comparisons, lifecycle, webhooks
 from app.config import settings
 from app.db import engine, session_scope
 from app.errors import InvalidSpec
 from app.models import Job, WebhookDelivery, now
-from app.options import JobSpec
+from app.options import ComparisonSpec, JobSpec
 from app.storage import Storage
 from tests.support import add_dataset, in_threads, run, sentences, submit, tiny_spec, wait_until
 
@@ -226,6 +226,59 @@ def test_a_job_that_a_worker_finishes_is_told_and_its_checkpoint_does_not_name_t
     with storage.open(f"checkpoints/{job.best_checkpoint_id}.tar") as stream, tarfile.open(fileobj=stream) as tar:
         texts = {name: tar.extractfile(name).read() for name in ("README.md", "metrics.json")}  # type: ignore[union-attr]
     assert all(job.id.encode() in text and b"pl9GhJ" not in text for text in texts.values())
+
+
+def compared(url: str) -> tuple[str, list[str]]:
+    """A comparison of two arms with one seed, and its runs."""
+    train, test = (add_dataset(sentences(6, seed)) for seed in (1, 3))
+    spec = tiny_spec(train, test_dataset_id=test, seeds=[0], webhook={"url": url})
+    arms = [{"name": name, "method": {"kind": name}} for name in ("random", "no_selection")]
+    del spec["method"]
+    with session_scope() as session:
+        asked = ComparisonSpec.model_validate(spec | {"arms": arms})
+        made = comparisons.submit(session, "alice", comparisons.check(session, "alice", asked, settings()))
+        return made.id, [job.id for job in made.jobs]
+
+
+def test_a_comparison_tells_the_end_of_its_last_run_and_its_runs_tell_nothing(
+    client: TestClient, receiver: Receiver
+) -> None:
+    comparison_id, runs = compared(receiver.url)
+    client.post(f"/jobs/{runs[0]}/cancel")
+    assert webhooks.deliver() == 0
+    run(runs[1])
+    assert webhooks.deliver() == 1
+    (payload,) = receiver.payloads
+    assert payload["type"] == "comparison.succeeded"
+    assert payload["data"] == {"id": comparison_id, "status": "succeeded"}
+    (call,) = client.get(f"/comparisons/{comparison_id}/deliveries").json()["data"]
+    assert (call["status"], call["comparison_id"], call["job_id"]) == ("delivered", comparison_id, None)
+    assert client.delete(f"/comparisons/{comparison_id}").status_code == 204
+    with session_scope() as session:
+        assert session.scalar(select(func.count()).select_from(WebhookDelivery)) == 0
+
+
+def test_of_two_runs_that_end_at_the_same_moment_one_tells_the_end_of_the_comparison(receiver: Receiver) -> None:
+    for _ in range(3):
+        _, runs = compared(receiver.url)
+
+        def end(number: int, runs: list[str] = runs) -> None:
+            with session_scope() as session:
+                lifecycle.cancel(session, session.get_one(Job, runs[number]))
+
+        assert in_threads(2, end) == [None, None]
+        assert webhooks.deliver() == 1
+    assert {payload["type"] for payload in receiver.payloads} == {"comparison.cancelled"}
+
+
+def test_a_comparison_that_would_be_told_inside_is_refused_at_post(client: TestClient) -> None:
+    spec = tiny_spec(add_dataset(sentences(6, 1)), test_dataset_id=add_dataset(sentences(6, 3)))
+    arms = [{"name": name, "method": {"kind": name}} for name in ("random", "no_selection")]
+    spec |= {"arms": arms, "webhook": {"url": "http://127.0.0.1:9/hook"}}
+    del spec["method"]
+    answer = client.post("/comparisons", json=spec)
+    assert answer.status_code == 422
+    assert [(fault["pointer"], fault["code"]) for fault in answer.json()["errors"]] == [("/webhook/url", "webhook_not_public")]  # fmt: skip
 
 
 def test_an_end_that_is_rolled_back_calls_nobody(receiver: Receiver) -> None:

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 
 from app import ledger, lifecycle
 from app.db import session_scope
 from app.embedded import Embedded, free_port
-from app.models import Checkpoint, Dataset, Job, JobPhase, LabelSet, LabelShard, new_id, now
+from app.models import Checkpoint, Comparison, Dataset, Job, JobPhase, LabelSet, LabelShard, new_id, now
 from app.storage import sha256_of, storage
 from tests.support import new_key, wait_until
 from tests.web.browser import CHROMEDRIVER, CHROMIUM, PATIENCE_SECONDS, Browser, browser
@@ -331,6 +331,58 @@ def test_the_page_does_not_scroll_sideways_on_a_phone(page: Browser, tmp_path: P
     page.wait_for(".samples tbody tr", 2)
     assert page.run(wide) == 0
     page.resize(1200, 900)
+
+
+def stored_comparison(directory: Path) -> str:
+    """Two arms of one seed, the first of which has succeeded; the comparison's id."""
+    names = {"LLKD <i>": "succeeded", "No_DS": "running"}
+    arms = [{"name": name, "method": {"kind": "llkd"}, "teacher": None, "dataset_id": None} for name in names]
+    with session_scope() as session:
+        comparison = Comparison(
+            id=new_id("cmp"), tenant="alice", name="two <b>rules</b>", spec={"arms": arms, "seeds": [7]}
+        )
+        session.add(comparison)
+    for name, status in names.items():
+        job_id = stored_job(name=name)
+        record_training(job_id)
+        with session_scope() as session:
+            job = session.get_one(Job, job_id)
+            job.comparison_id, job.arm, job.spec = comparison.id, name, job.spec | {"training": {"seed": 7}}
+        if status == "succeeded":
+            finish(job_id, directory)
+    return comparison.id
+
+
+@needs_browser
+def test_a_comparison_is_listed_and_shows_its_table_and_charts(page: Browser, tmp_path: Path) -> None:
+    comparison_id = stored_comparison(tmp_path)
+    enter(page)
+    page.click('nav a[href="#/comparisons"]')
+    page.see("two <b>rules</b>", ".comparisons")
+    page.click("tbody a")
+    page.see("running", "h1")
+    wait_until(lambda: page.count(".arms tbody tr") == 3, PATIENCE_SECONDS, "the teacher and two arms")
+    cells = [line.split("\t") for line in page.text(".arms tbody").splitlines()]
+    assert [cell.strip() for cell in cells[0][:4]] == ["Teacher", "", "90.0 %", "70.1 %"]
+    page.see("LLKD <i> seeds 7", ".arms")
+    page.see("88.0 %", ".arms")
+    page.see("37.5 %", ".arms")
+    page.wait_for(".chart > svg", 3)
+    page.see("LLKD <i>", ".chart .legend")
+    page.resize(500, 900)
+    assert page.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    page.resize(1200, 900)
+
+    page.run("window.confirm = () => true")
+    page.click("button.cancel")
+    with session_scope() as session:
+        last = session.scalars(select(Job).where(Job.comparison_id == comparison_id, Job.arm == "No_DS")).one()
+        wait_until(
+            lambda: session.refresh(last) or last.status == "cancelled", PATIENCE_SECONDS, "the run is cancelled"
+        )  # type: ignore[func-returns-value]
+        session.rollback()
+    page.see("succeeded", "h1")
+    wait_until(lambda: page.count("button.cancel") == 0, PATIENCE_SECONDS, "nothing is left to cancel")
 
 
 @needs_browser
