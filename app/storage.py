@@ -59,12 +59,12 @@ class Storage:
                 Path(partial.name).unlink(missing_ok=True)
                 raise
 
-    def put_bytes(self, key: str, content: bytes) -> None:
-        """Store a small file."""
+    def put_bytes(self, key: str, content: bytes, *, confirm: Callable[[], object] = lambda: None) -> None:
+        """Store a small file. `confirm` as in put()."""
         with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
             file = Path(directory) / "content"
             file.write_bytes(content)
-            self.put(key, file)
+            self.put(key, file, confirm=confirm)
 
     def open(self, key: str) -> BinaryIO:
         """The file for reading, seekable. Raises FileNotFoundError."""

@@ -100,11 +100,11 @@ def write_ledger(
 
 def write_predictions(
     files: Storage, job_id: str, gold: Sequence[str | None], labels: Sequence[str], student: NDArray[np.float32],
-    teacher: NDArray[np.float32] | None,
+    teacher: NDArray[np.float32] | None, confirm: Callable[[], object] = lambda: None,
 ) -> None:  # fmt: skip
     """Store what student and teacher say about each of the N test rows that has a true label, as app.predictions.SCHEMA.
 
-    student, teacher: (N, C) distributions; the teacher's are NaN where it gave no answer.
+    student, teacher: (N, C) distributions; the teacher's are NaN where it gave no answer. `confirm` as in Storage.put.
     """
     known = [row for row, name in enumerate(gold) if name is not None]
 
@@ -126,7 +126,7 @@ def write_predictions(
     with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
         path = Path(directory) / "predictions.parquet"
         pq.write_table(table, path, compression="zstd")
-        files.put(predictions.key(job_id), path)
+        files.put(predictions.key(job_id), path, confirm=confirm)
 
 
 def _influence(happened: Ledger, labels: Sequence[str]) -> dict[str, Any]:

@@ -384,7 +384,7 @@ def score(
             evaluation[split]["teacher"] = _teacher_scores(material, split)
         if split == "test":
             asked = material.probabilities(split) if split in material.answers else None
-            artifacts.write_predictions(files, job.id, gold, material.labels, predicted.numpy(), asked)
+            artifacts.write_predictions(files, job.id, gold, material.labels, predicted.numpy(), asked, report.confirm)
         # What calibrates must not stand in the test set either: the rows that chose the checkpoint.
         chosen = held_out.rows.tolist() if split == "validation" else range(len(gold))
         answers[split] = _answers(material, split, predicted, [row for row in chosen if gold[row] is not None])
@@ -438,7 +438,8 @@ def score_alone(job: Job, files: Storage, material: Material, report: Reporter) 
         raise WorkFailed("nothing_labeled", "The teacher answered none of the rows that it is scored on.")
     if "test" in material.answers:
         said = material.probabilities("test")
-        artifacts.write_predictions(files, job.id, material.gold("test"), material.labels, said, said)
+        gold = material.gold("test")
+        artifacts.write_predictions(files, job.id, gold, material.labels, said, said, report.confirm)
     report.metrics(0, 0.0, final_metrics(evaluation))
     report.flush()
 
@@ -475,8 +476,8 @@ def report_labels(
             predict,
             check=report.check,
         )  # fmt: skip
-        report.check()
-        files.put_bytes(label_cache.report_key(job.id), json.dumps(full, ensure_ascii=False, allow_nan=False).encode())
+        content = json.dumps(full, ensure_ascii=False, allow_nan=False).encode()
+        files.put_bytes(label_cache.report_key(job.id), content, confirm=report.confirm)
         return label_report.summary(full)
     except (Stopped, LeaseLost):
         raise

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import labels, ledger, lifecycle
+from app import labels, ledger, lifecycle, predictions
 from app.labels import text_hash
 from app.models import Checkpoint, Dataset, Job, JobEvent, JobMetric, LabelCache, LabelSet, LabelShard
 from app.storage import Storage
@@ -57,8 +57,10 @@ def audit(session: Session, storage: Storage) -> Findings:
         if job.status == "failed" and not (job.error or {}).get("message"):
             found.wrong.append(f"{job.id} failed without a reason")
         if job.status == "succeeded":
-            for problem in (*_numbers(session, storage, job), *_checkpoint(session, storage, job, found)):
-                found.wrong.append(f"{job.id}: {problem}")
+            problems = list(_predictions(storage, job))
+            if _has_student(job):
+                problems += [*_numbers(session, storage, job), *_checkpoint(session, storage, job, found)]
+            found.wrong += [f"{job.id}: {problem}" for problem in problems]
     found.wrong += _paid_twice(session, storage)
     found.wrong += _same_work_same_result(session, found)
     found.wrong += _files(session, storage, found)
@@ -136,6 +138,23 @@ def _numbers(session: Session, storage: Storage, job: Job) -> Iterator[str]:
     for phase in job.phases:
         if phase.finished_at is None or phase.done != phase.total:
             yield f"phase {phase.name} is not finished: {phase.done} of {phase.total}"
+
+
+def _has_student(job: Job) -> bool:
+    return bool(job.spec["method"]["kind"] != "teacher_alone")
+
+
+def _predictions(storage: Storage, job: Job) -> Iterator[str]:
+    """The answers on the test set are those that the reported score was computed from."""
+    if job.test_dataset_id is None:
+        return
+    with storage.open(predictions.key(job.id)) as stream:
+        entries = predictions.read(stream).to_pylist()
+    score = job.evaluation["test"]["student" if _has_student(job) else "teacher"]  # type: ignore[index]
+    answered = [entry for entry in entries if entry["student"] is not None]
+    right = sum(entry["student"] == entry["gold"] for entry in answered)
+    if (len(answered), right) != (score["rows"], round(score["accuracy"] * score["rows"])):
+        yield f"{right} of {len(answered)} test rows are answered right, and the score says {score}"
 
 
 def _checkpoint(session: Session, storage: Storage, job: Job, found: Findings) -> Iterator[str]:
@@ -220,10 +239,16 @@ def _files(session: Session, storage: Storage, found: Findings) -> Iterator[str]
     expected |= {checkpoint.key for checkpoint in session.scalars(select(Checkpoint))}
     shards = list(session.scalars(select(LabelShard)))
     expected |= {shard.key for shard in shards if shard.status == "done"}
-    expected |= {ledger.key(job.id) for job in jobs.values() if job.status == "succeeded"}
-    expected |= {labels.report_key(job.id) for job in jobs.values() if job.status == "succeeded"}
+    succeeded = [job for job in jobs.values() if job.status == "succeeded"]
+    expected |= {key(job.id) for job in succeeded if _has_student(job) for key in (ledger.key, labels.report_key)}
+    expected |= {predictions.key(job.id) for job in succeeded if job.test_dataset_id}
     allowed = {ledger.key(job.id): "ledger of a job that has not succeeded" for job in jobs.values()}
     allowed |= {labels.report_key(job.id): "label report of a job that has not succeeded" for job in jobs.values()}
+    allowed |= {
+        predictions.key(job.id): "answers on the test set of a job that has not succeeded"
+        for job in jobs.values()
+        if job.test_dataset_id
+    }
     allowed |= {
         resume.key(job.id): "saved state of a job that can be retried"
         for job in jobs.values()

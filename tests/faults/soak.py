@@ -103,10 +103,11 @@ class Work:
         self.jobs: list[str] = []
         self.open: set[str] = set()
         self.verbs: Counter[str] = Counter()
-        validation = service.upload(sentences(18, 902))
+        validation, test = (service.upload(sentences(18, seed)) for seed in (902, 903))
         train = service.upload(unsure(96, 901))
         common = {
-            "dataset_id": train, "validation_dataset_id": validation, "teacher": {"kind": "dataset"},
+            "dataset_id": train, "validation_dataset_id": validation, "test_dataset_id": test,
+            "teacher": {"kind": "dataset"},
             "student": {"model": "scratch", "num_layers": 1, "hidden_size": 32, "vocab_size": 300, "max_length": 24, "dropout": 0.1},
         }  # fmt: skip
         training = {"epochs": epochs, "batch_size": 8, "learning_rate": 2e-3}

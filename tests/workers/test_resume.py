@@ -13,7 +13,8 @@ import torch
 from pydantic import TypeAdapter
 from sqlalchemy import Engine, func, select
 
-from app import lifecycle, options, pretrained
+from app import labels as label_cache
+from app import lifecycle, options, predictions, pretrained
 from app.config import settings
 from app.db import session_scope
 from app.lifecycle import LeaseLost
@@ -29,7 +30,7 @@ from tests.support import (
     submit,
     tiny_spec,
 )
-from workers import artifacts, reporter, tasks
+from workers import artifacts, label_report, reporter, tasks
 from workers.reporter import MemoryReporter, Reporter, Stopped
 from workers.training import resume
 from workers.training.data import tokenise
@@ -379,6 +380,30 @@ def test_a_worker_whose_job_was_given_to_another_stops_and_writes_nothing(
     assert not storage.exists(resume.key(job_id))
     with session_scope() as session:
         assert session.scalar(select(func.count()).select_from(Checkpoint)) == 0
+
+
+@pytest.mark.parametrize("step", ["write_predictions", "report"])
+def test_answers_and_report_of_a_worker_whose_job_was_given_to_another_do_not_appear(
+    spec: dict[str, Any], storage: Storage, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    job_id = labeled(spec)
+    module = artifacts if step == "write_predictions" else label_report
+    write = getattr(module, step)
+
+    def too_late(*arguments: Any, **named: Any) -> Any:
+        expire_leases()
+        with session_scope() as session:
+            assert lifecycle.claim(session, job_id, "heir") is not None
+        return write(*arguments, **named)
+
+    monkeypatch.setattr(reporter, "RENEW_SECONDS", 60)
+    monkeypatch.setattr(module, step, too_late)
+    if step == "report":  # what computes it must not notice first: the last moment is what is tested
+        monkeypatch.setattr(Reporter, "check", lambda self: None)
+    tasks.train(job_id)
+    assert (job_of(job_id).worker, job_of(job_id).status) == ("heir", "running")
+    assert storage.exists(predictions.key(job_id)) == (step == "report")
+    assert not storage.exists(label_cache.report_key(job_id))
 
 
 def test_a_job_whose_worker_died_goes_on_from_its_last_saved_step_and_ends_the_same(
