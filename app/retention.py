@@ -21,11 +21,13 @@ from app import lifecycle, limits
 from app.config import settings
 from app.db import session_scope, try_lock
 from app.errors import DatasetInUse, IllegalMove, NotFound
-from app.models import Checkpoint, Comparison, Dataset, Job, LabelSet, Upload
+from app.models import Checkpoint, Comparison, Dataset, IdempotencyKey, Job, LabelSet, Upload
 from app.storage import Storage
 
 NOBODY = ""
 """The tenant of a deleted dataset whose row is kept for the jobs that learned from it; no key can have this name."""
+ANSWERS_KEPT = timedelta(hours=24)
+"""How long the answer to a request with an Idempotency-Key is given again; docs/api.md says so."""
 BATCH = 100
 """Rows deleted in one round of retention, and ids looked up at once."""
 ID = re.compile(r"[a-z]+_([0-9a-f]{12})[0-9a-f]{20}")
@@ -128,6 +130,7 @@ def retain(storage: Storage) -> int:
     with try_lock("retention") as is_alone:
         if not is_alone:
             return 0
+        _forget_answers()
         gone = _expire_uploads(storage)
         if (days := wish.retain_jobs_days) is not None:
             too_old = Job.finished_at < func.now() - timedelta(days=days)
@@ -195,6 +198,17 @@ def _expire_uploads(storage: Storage) -> int:
                 log.info("deleted", id=upload.id, tenant=upload.tenant, reason="expired")
             _after_commit(session, partial(storage.delete_all, upload.folder))
         return len(expired)
+
+
+def _forget_answers() -> None:
+    """That of an upload in parts stays as long as somebody goes on with it: it leads a client that starts anew back there."""
+    pending = exists().where(Upload.id == IdempotencyKey.body["id"].astext, Upload.status == "pending")
+    with session_scope() as session:
+        session.execute(
+            delete(IdempotencyKey)
+            .where(IdempotencyKey.created_at < func.now() - ANSWERS_KEPT, ~pending)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def _ended_jobs() -> Select[Job]:

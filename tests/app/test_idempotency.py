@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
+from app import retention
+from app.db import session_scope
+from app.models import IdempotencyKey
+from app.storage import Storage
 from tests.support import add_dataset, in_threads, sentences, stored, tiny_spec
 
 KEY = {"Idempotency-Key": "order-66"}
@@ -85,3 +92,32 @@ def test_a_key_is_1_to_255_visible_characters(client: TestClient, key: str) -> N
     answer = client.post("/jobs", json=tiny_spec(add_dataset(sentences(6, 1))), headers={"Idempotency-Key": key})
     assert answer.status_code == 422
     assert jobs() == 0
+
+
+def test_an_answer_is_kept_for_a_day_and_that_of_a_pending_upload_for_as_long_as_it_takes(
+    client: TestClient, storage: Storage
+) -> None:
+    spec = tiny_spec(add_dataset(sentences(6, 1)))
+    wish = {"name": "rows.jsonl", "bytes": 20}
+
+    def age(hours: float) -> None:
+        with session_scope() as session:
+            session.execute(
+                update(IdempotencyKey).values(created_at=IdempotencyKey.created_at - timedelta(hours=hours))
+            )
+        retention.retain(storage)
+
+    def replayed() -> list[bool]:
+        answers = client.post("/jobs", json=spec, headers=KEY), client.post("/uploads", json=wish, headers=KEY)
+        assert [answer.status_code for answer in answers] == [202, 201]
+        return ["idempotent-replayed" in answer.headers for answer in answers]
+
+    assert replayed() == [False, False]
+    age(23.9)
+    assert replayed() == [True, True]
+    age(0.2)
+    assert replayed() == [False, True], "the job is another one, the upload goes on"
+    assert jobs() == 2
+    client.post(f"/uploads/{client.post('/uploads', json=wish, headers=KEY).json()['id']}/cancel")
+    age(24.1)
+    assert stored()["idempotency_keys"] == 0
