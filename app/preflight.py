@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -67,9 +68,9 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     faults = Faults()
     check_webhook(spec.webhook, settings, faults)  # before the datasets are held: a name may take a while to resolve
     datasets = _datasets(session, tenant, spec, faults)
-    spec = _with_candidates(session, tenant, spec, datasets.get("train"), faults)
+    spec, leaks = _with_candidates(session, tenant, spec, datasets, faults)
     chosen = _labels(spec, datasets.get("train"), faults)
-    warnings = _check_held_out(datasets, chosen, faults)
+    warnings = leaks + _check_held_out(datasets, chosen, faults)
     _check_feedback(spec, faults)
     _check_alone(spec, faults)
     revision = _check_models(spec, settings, faults)
@@ -141,11 +142,24 @@ def _datasets(session: Session, tenant: str, spec: JobSpec, faults: Faults) -> d
     return found
 
 
-def _with_candidates(session: Session, tenant: str, spec: JobSpec, train: Dataset | None, faults: Faults) -> JobSpec:
-    """The spec with the candidates for few-shot examples in it, so that nothing later depends on their dataset."""
+def _with_candidates(
+    session: Session, tenant: str, spec: JobSpec, datasets: dict[str, Dataset], faults: Faults
+) -> tuple[JobSpec, list[dict[str, str]]]:
+    """The spec with the candidates for few-shot examples in it, so that nothing later depends on their dataset; and a
+    warning for each held-out set in which an example stands. Candidates that do are left out."""
     few_shot = spec.teacher.few_shot if isinstance(spec.teacher, LLMTeacher) else None
     if few_shot is None or few_shot.dataset_id is None:
-        return spec
+        examples: list[Example] = getattr(spec.teacher, "examples", [])
+        found = _held_out({labels.text_hash(example.text, example.text_pair) for example in examples}, datasets)
+        return spec, [
+            {
+                "code": "example_in_held_out_set", "split": split,
+                "message": f"{len(hashes)} of the teacher's examples also stand in the {split} set, whose rows it is told the "
+                "answers of; the scores on that set are too good by them. Take examples from other rows.",
+            }
+            for split, hashes in found.items()
+        ]  # fmt: skip
+    train = datasets.get("train")
     where = "/teacher/few_shot/dataset_id"
     dataset = session.get(Dataset, few_shot.dataset_id)
     if dataset is None or dataset.tenant != tenant:
@@ -165,15 +179,39 @@ def _with_candidates(session: Session, tenant: str, spec: JobSpec, train: Datase
             where, "labels_differ", f"none of its labels ({_some(dataset.label_counts)}) is among the job's labels"
         )
     else:
-        teacher = spec.teacher.model_copy(update={"examples": _candidates(dataset, names)})
-        return spec.model_copy(update={"teacher": teacher})
-    return spec
+        with storage().open(dataset.key) as stream:
+            rows = records.read_rows(stream, 0, CANDIDATE_ROWS, columns=["text", "text_pair", "label"]).to_pylist()
+        hashes = [labels.text_hash(row["text"], row["text_pair"]) for row in rows]
+        found = _held_out(set(hashes), datasets)
+        barred = set().union(*found.values())
+        kept = [row for row, key in zip(rows, hashes, strict=True) if key not in barred]
+        teacher = spec.teacher.model_copy(update={"examples": (examples := _candidates(kept, names))})
+        if not examples:
+            faults.note(where, "examples_held_out", "every labeled row of it also stands in the validation or test set")
+        return spec.model_copy(update={"teacher": teacher}), [
+            {
+                "code": "example_in_held_out_set", "split": split,
+                "message": f"{len(hashes)} texts of the dataset of examples also stand in the {split} set; they are not used as examples.",
+            }
+            for split, hashes in found.items()
+        ]  # fmt: skip
+    return spec, []
 
 
-def _candidates(dataset: Dataset, names: set[str]) -> list[Example]:
+def _held_out(hashes: set[bytes], datasets: dict[str, Dataset]) -> dict[str, set[bytes]]:
+    """Which of these texts stand in the validation and in the test set, by split; splits with none are left out."""
+    found: dict[str, set[bytes]] = {}
+    for split in ("validation", "test") if hashes else ():
+        if split in datasets:
+            for batch in labels.texts_of(storage(), datasets[split]):
+                for text, pair in batch:
+                    if (key := labels.text_hash(text, pair)) in hashes:
+                        found.setdefault(split, set()).add(key)
+    return found
+
+
+def _candidates(rows: list[dict[str, Any]], names: set[str]) -> list[Example]:
     """The first rows of each label, an even share of MAX_CANDIDATES; long texts are cut."""
-    with storage().open(dataset.key) as stream:
-        rows = records.read_rows(stream, 0, CANDIDATE_ROWS, columns=["text", "text_pair", "label"]).to_pylist()
     share = max(1, MAX_CANDIDATES // len(names))
     taken: dict[str, list[Example]] = {name: [] for name in sorted(names)}
     for row in rows:

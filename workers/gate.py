@@ -58,10 +58,11 @@ def refuse_a_constant(probabilities: NDArray[np.float32], texts: Sequence[str], 
 
 
 def agreement(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: int) -> dict[str, Any]:
-    """How far N predictions agree with the true classes, (N,) each, and what a teacher of MIN_KAPPA would have made of it.
+    """How far N predictions agree with the true classes, (N,) each, beside chance and beside a teacher of MIN_KAPPA.
 
     chance: agreement of two who label at random, each with its own shares of the classes. kappa: (accuracy - chance) /
-    (1 - chance). p_value: probability of at most as many hits when the true kappa is MIN_KAPPA.
+    (1 - chance). p_value: probability of as many hits or more by chance; small, the teacher beats chance. p_if_useful:
+    probability of at most as many hits when the true kappa is MIN_KAPPA; small, the teacher is no use.
     """
     rows = len(gold)
     hits = int((predicted == gold).sum())
@@ -73,13 +74,14 @@ def agreement(predicted: NDArray[np.int64], gold: NDArray[np.int64], classes: in
         "accuracy": hits / rows,
         "chance": chance,
         "kappa": (hits / rows - chance) / (1 - chance) if chance < 1 else None,
-        "p_value": float(binom.cdf(hits, rows, chance + MIN_KAPPA * (1 - chance))),
+        "p_value": float(binom.sf(hits - 1, rows, chance)),
+        "p_if_useful": float(binom.cdf(hits, rows, chance + MIN_KAPPA * (1 - chance))),
     }
 
 
 def refuse_a_guesser(seen: dict[str, Any]) -> None:
     """Raises Useless when the figures of `agreement` leave less than DOUBT that the teacher beats chance."""
-    if seen["kappa"] is None or seen["p_value"] >= DOUBT:
+    if seen["kappa"] is None or seen["p_if_useful"] >= DOUBT:
         return
     raise Useless(
         f"The teacher does not beat chance: it is right on {seen['hits']} of {seen['validation_rows']} validation rows "

@@ -150,6 +150,10 @@ def run_job(job: Job, report: Reporter) -> None:
         report.saved()
 
     feedback_rows = splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None
+    # What an encoder teacher learned from, in its course or by its feedback, the student knows something of.
+    taught_rows = np.zeros(0, np.int64) if feedback_rows is None else feedback_rows
+    if run.courses:
+        taught_rows = np.concatenate([taught_rows, pool_rows[~pool.barred[pool_rows]]])
 
     def write_ledger(run: Run) -> None:
         artifacts.write_ledger(
@@ -166,7 +170,7 @@ def run_job(job: Job, report: Reporter) -> None:
     report.selection(run.progress.selection())
     try:
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
-        about_labels = report_labels(job, files, material, run, tokens["train"], feedback_rows, report)
+        about_labels = report_labels(job, files, material, run, tokens["train"], taught_rows, report)
         _publish(job, files, material, run, evaluation, about_labels, report)
     except Stopped:
         save(run)
@@ -453,7 +457,7 @@ def score_alone(job: Job, files: Storage, material: Material, report: Reporter) 
 
 
 def report_labels(
-    job: Job, files: Storage, material: Material, run: Run, tokens: Tokens, feedback_rows: NDArray[np.int64] | None,
+    job: Job, files: Storage, material: Material, run: Run, tokens: Tokens, taught_rows: NDArray[np.int64],
     report: Reporter,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Leave the label report in the storage; its short form. It tells about a job and never fails one: None instead."""
@@ -472,7 +476,7 @@ def report_labels(
     try:
         full = label_report.report(
             rows("train"), {split: rows(split) for split in ("validation", "test") if split in material.answers},
-            material.labels, material.teacher_report["confidence_method"], _never_trained(material, run, feedback_rows),
+            material.labels, material.teacher_report["confidence_method"], _never_trained(material, run.ledger.selected, taught_rows),
             predict,
             check=report.check,
         )  # fmt: skip
@@ -489,14 +493,15 @@ def report_labels(
         return None
 
 
-def _never_trained(material: Material, run: Run, feedback_rows: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+def _never_trained(
+    material: Material, selected: NDArray[np.int32], taught_rows: NDArray[np.int64]
+) -> NDArray[np.bool_]:
     """(N,) train rows whose label the student cannot know: neither the row, nor one of the same text, was trained on.
 
-    Rows that gave feedback to an encoder teacher have told the student something through it.
+    `taught_rows`: those that an encoder teacher learned from have told the student something through it.
     """
-    never = run.ledger.selected == 0
-    if feedback_rows is not None:
-        never[feedback_rows] = False
+    never = selected == 0
+    never[taught_rows] = False
     hashes = material.hashes("train")
     learned = {key for key, out in zip(hashes, never.tolist(), strict=True) if not out}
     return never & np.array([key not in learned for key in hashes], bool)

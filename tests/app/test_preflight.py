@@ -251,6 +251,32 @@ def test_candidates_that_would_not_do_are_refused(
     ]
 
 
+def test_candidates_that_stand_in_a_held_out_set_are_left_out_and_told(
+    client: TestClient, ids: dict[str, str], llama: dict[str, Any]
+) -> None:
+    rows = sentences(9, 7)
+    ids["few"], ids["test"] = add_dataset(rows[:6]), add_dataset(rows[3:])
+    llama["few_shot"] = {"dataset_id": ids["few"]}
+    change = {"teacher": llama, "labels": LABELS, "test_dataset_id": "test"}
+    job = post(client, ids, change).json()
+    assert {example["text"] for example in job["spec"]["teacher"]["examples"]} == {row["text"] for row in rows[:3]}
+    warning = next(entry for entry in job["warnings"] if entry["code"] == "example_in_held_out_set")
+    assert (warning["split"], warning["message"][:7]) == ("test", "3 texts")
+    ids["test"] = add_dataset(rows)
+    answer = post(client, ids, change)
+    assert [fault["code"] for fault in answer.json()["errors"]] == ["examples_held_out"]
+
+
+def test_examples_that_tell_the_teacher_the_answers_of_a_held_out_set_are_warned_of(
+    client: TestClient, ids: dict[str, str]
+) -> None:
+    teacher = {"kind": "embedding", "examples": [sentences(6, 3)[2], sentences(12, 1)[0]]}
+    change = {"teacher": teacher, "labels": LABELS, "validation_dataset_id": "held_out"}
+    warnings = post(client, ids, change).json()["warnings"]
+    assert [(warning["code"], warning["split"]) for warning in warnings] == [("example_in_held_out_set", "validation")]
+    assert warnings[0]["message"].startswith("1 of the teacher's examples")
+
+
 def test_an_encoder_is_no_causal_language_model(client: TestClient, ids: dict[str, str]) -> None:
     answer = post(client, ids, {"teacher": {"kind": "causal_lm", "model": "all-MiniLM-L6-v2"}, "labels": LABELS})
     assert answer.status_code == 422

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
 
 from app import labels, retention
+from app.options import JobSpec
 from app.storage import Storage
 from tests.support import TOPICS, add_dataset, job_of, run, sentences, submit, tiny_spec
 from workers import label_report, pipeline
@@ -36,6 +38,17 @@ def one_hot(classes: NDArray[np.int64], confidence: float = 0.9, count: int = 3)
 
 def no_student(rows: NDArray[np.int64]) -> NDArray[np.float32]:
     raise AssertionError("the student was asked, and there is nothing to ask it")
+
+
+def test_rows_that_an_encoder_teacher_learned_from_are_not_called_unseen() -> None:
+    texts = ["one", "two", "three", "four", "two"]
+    table = pa.table({"text": texts, "text_pair": pa.nulls(5, pa.string())})
+    spec = JobSpec.model_validate(tiny_spec("ds_" + "0" * 32))
+    material = pipeline.Material(spec, NAMES, {}, {"train": table}, {}, {})
+    selected, nobody = np.array([1, 0, 0, 0, 0], np.int32), np.zeros(0, np.int64)
+    assert pipeline._never_trained(material, selected, nobody).tolist() == [False, True, True, True, True]
+    # The fifth row has the text of the second.
+    assert pipeline._never_trained(material, selected, np.array([1, 3])).tolist() == [False, False, True, False, False]
 
 
 def test_counts_histogram_agreement_and_calibration_are_those_of_a_calculation_by_hand() -> None:

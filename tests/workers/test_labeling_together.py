@@ -409,6 +409,9 @@ def test_agreement_is_cohens_kappa_by_hand() -> None:
     assert seen["hits"] == 7
     assert seen["chance"] == pytest.approx(0.5)
     assert seen["kappa"] == pytest.approx(0.4)
+    # Of ten throws of a coin 7 or more are heads in 176 of 1024 cases; with .5 + .1 * .5 a throw, at most 7 in 90 %.
+    assert seen["p_value"] == pytest.approx(176 / 1024)
+    assert seen["p_if_useful"] == pytest.approx(0.9004, abs=1e-4)
     gate.refuse_a_guesser(seen)
 
 
@@ -417,7 +420,8 @@ def test_the_fewer_rows_there_are_the_less_they_prove(rows: int, refused: bool) 
     predicted, gold = (np.arange(rows) // 2) % 2, np.arange(rows) % 2
     seen = gate.agreement(predicted, gold, 2)
     assert (seen["accuracy"], seen["kappa"]) == (0.5, 0)
-    assert (seen["p_value"] < gate.DOUBT) == refused
+    assert (seen["p_if_useful"] < gate.DOUBT) == refused
+    assert seen["p_value"] > 0.5
 
 
 def test_labels_without_confidence_are_no_evidence_against_a_teacher() -> None:
