@@ -384,6 +384,10 @@ def submit(
     epochs: Annotated[int | None, typer.Option(min=1)] = None,
     name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
     wait: Annotated[bool, typer.Option(help="Watch the job until it ends.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what the job would need.")] = False,
+    measure: Annotated[
+        bool, typer.Option(help="In a dry run: have a worker ask the teacher about a few rows, where one is free.")
+    ] = True,
     url: Url = HERE,
     key: Key = None,
 ) -> None:
@@ -408,12 +412,41 @@ def submit(
         wish["name"] = name
     with _client(url, key) as client:
         upload_files(client, wish, folder)
+        if dry_run:
+            _print_need(client.submit(wish, dry_run=True, measure=measure))
+            return
         job = client.submit(wish)
         for warning in job["warnings"]:
             err.print(escape(f"warning: {warning['message']}"))
         out.print(job["id"])
         if wait:
             raise typer.Exit(_watch(client, job["id"]))
+
+
+def _print_need(told: dict[str, Any]) -> None:
+    """What a dry run told, a line for each thing."""
+    for warning in told["warnings"]:
+        err.print(escape(f"warning: {warning['message']}"))
+    if told["measurement_note"]:
+        err.print(escape(f"note: {told['measurement_note']}"))
+    basis = {"sample": "measured on a few rows", "earlier_jobs": "as earlier jobs here", "default_rate": "a guess"}
+    lines = {
+        "rows to label": f"{told['rows_to_label']:,}",
+        "rows in the cache": f"{told['rows_cached']:,}",
+        "teacher tokens": f"{told['teacher_tokens']:,}",
+        "cost": "no price" if told["cost"] is None else f"{told['cost']:,.4f}",
+        "labeling": f"{told['labeling_seconds']:,.1f} s by one worker ({basis[told['labeling_basis']]})",
+        "training": f"{told['training_seconds']:,.1f} s ({basis[told['training_basis']]})",
+    }
+    if (sample := told["measurement"]) is not None:
+        said = f"{sample['rows']} rows asked, {sample['failed']} failed, {sample['rows_per_second']:.1f} rows/s"
+        if sample["confidence"] is not None:
+            said += ", confidence {p25:.2f} to {p75:.2f} for half of them, median {median:.2f}".format(
+                **sample["confidence"]
+            )
+        lines["sample"] = f"{said}; these rows are paid for"
+    for name, value in lines.items():
+        out.print(escape(f"{name}: {value}"), highlight=False)
 
 
 def upload_files(client: Client, spec: dict[str, Any], folder: Path) -> None:

@@ -172,10 +172,11 @@ class Client:
 
     # --- jobs ---
 
-    def submit(self, spec: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
-        """Start a job, or with `dry_run` learn what it would need."""
+    def submit(self, spec: dict[str, Any], *, dry_run: bool = False, measure: bool = True) -> dict[str, Any]:
+        """Start a job, or with `dry_run` learn what it would need; `measure`: by asking the teacher about a few rows."""
         if dry_run:
-            return self._json("POST", "/jobs", json=spec, params={"dry_run": "true"})
+            parameters = {"dry_run": "true", "measure": str(measure).lower()}
+            return self._json("POST", "/jobs", json=spec, params=parameters)
         return self._json("POST", "/jobs", json=spec, headers={"Idempotency-Key": secrets.token_hex(16)})
 
     def job(self, job_id: str) -> dict[str, Any]:

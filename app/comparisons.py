@@ -140,18 +140,20 @@ def dry_run(session: Session, storage: Storage, tenant: str, plans: Plans) -> di
         key = _labels_key(plan)
         runs = len(plans.spec.seeds)
         if key not in told:
-            told[key] = estimates.dry_run(session, storage, tenant, plan)
+            told[key] = estimates.dry_run(session, plan, estimates.need(session, storage, tenant, plan))
             seconds += told[key]["estimated_seconds"]
             runs -= 1  # the first is part of that
         seconds += runs * estimates.training_seconds(session, plan)[0]
-    counts = ("rows_to_label", "rows_cached", "teacher_tokens")
+    counts = ("rows_to_label", "rows_cached", "teacher_tokens", "labeling_seconds")
     measured = all(entry["estimate_basis"] == "measured" for entry in told.values())
     first = told[_labels_key(plans.plans[0])]
     return {
         **first,
         **{name: sum(entry[name] for entry in told.values()) for name in counts},
+        "training_seconds": round(seconds - sum(entry["labeling_seconds"] for entry in told.values()), 1),
         "estimated_seconds": round(seconds, 1),
         "estimate_basis": "measured" if measured else "default_rates",
+        "measurement_note": "Comparisons are not measured; ask for a dry run of one of their jobs.",
         "warnings": plans.warnings,
     }
 

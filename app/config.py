@@ -146,6 +146,8 @@ class Settings(BaseSettings):
     """Files that no row names are removed when they are older."""
     turn_seconds: float = Field(30.0, gt=0)
     """How long a worker labels for one tenant before it looks whether another one's turn has come."""
+    measure_seconds: float = Field(20.0, ge=0)
+    """How long a dry run waits for a worker that tries the teacher on a few rows; 0: dry runs only estimate."""
     threads: int | None = None
     """CPU threads of a worker's models; null leaves the choice to torch."""
 

@@ -254,6 +254,28 @@ class LabelClaim(Base):
     """By PostgreSQL's clock; from then on another may take the claim over."""
 
 
+class Measurement(Base):
+    """A teacher to be tried on a few rows of a job that has not started, and what came of it; see app/measurements.py."""
+
+    __tablename__ = "measurements"
+    __table_args__ = (
+        CheckConstraint("status IN ('waiting', 'running', 'done', 'failed')", name="status"),
+        Index("ix_measurements_teacher", "tenant", "fingerprint"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64))
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"))
+    spec: Mapped[dict[str, Any]]
+    labels: Mapped[list[Any]]
+    rows: Mapped[list[Any]]
+    """Numbers of the train rows to try."""
+    status: Mapped[str] = mapped_column(String(16), default="waiting")
+    result: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Comparison(Base):
     """Several methods, each with several seeds, on one set of splits and one set of labels; its runs are jobs."""
 

@@ -19,7 +19,8 @@ from app.config import settings
 
 LABEL = "understudy.label"
 TRAIN = "understudy.train"
-QUEUES = {LABEL: "label", TRAIN: "train"}
+MEASURE = "understudy.measure"
+QUEUES = {LABEL: "label", TRAIN: "train", MEASURE: "label"}
 
 log = structlog.get_logger()
 
@@ -49,12 +50,12 @@ def configure(app: Celery) -> None:
     )
 
 
-def send(task: str, job_id: str) -> bool:
-    """Send a message now. False, and a line in the log, when the broker is away: the sweep will try again."""
+def send(task: str, id: str) -> bool:
+    """Send a message with the id of a job, or of a measurement, now. False, and a line in the log, when the broker is away: the sweep will try again."""
     try:
-        producer().send_task(task, args=[job_id], queue=QUEUES[task], retry=False)
+        producer().send_task(task, args=[id], queue=QUEUES[task], retry=False)
     except (BrokerError, RedisError, OSError) as error:
-        log.warning("broker_unreachable", task=task, job_id=job_id, error=str(error))
+        log.warning("broker_unreachable", task=task, id=id, error=str(error))
         return False
     return True
 

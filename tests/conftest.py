@@ -30,6 +30,7 @@ FILES = Path(tempfile.mkdtemp(prefix="understudy-tests-"))
 def pytest_configure() -> None:
     """Before any test module, and with it torch, is imported."""
     os.environ["UNDERSTUDY_STORAGE_URL"] = f"file://{FILES}/storage"
+    os.environ["UNDERSTUDY_MEASURE_SECONDS"] = "0"  # else every dry run would wait for a worker
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Tests are small and the cores few; one thread is as fast, and gives the same numbers every time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -304,28 +304,38 @@ def _pieces(shard: LabelShard, chunk_rows: int) -> Iterator[tuple[int, int]]:
 
 
 def _ready_teacher(job: Job, label_set: LabelSet, should_stop: Callable[[], bool]) -> Teacher:
-    """The job's teacher. An endpoint is asked what it can do before anything else: its labels' fingerprint holds that.
+    """The job's teacher, and its labels under the right fingerprint. Raises WorkFailed, TeacherAway or AskedToStop."""
+    spec = JobSpec.model_validate(job.spec)
+    names = [Label.model_validate(entry) for entry in label_set.labels]
+    teacher, fingerprint = ready_teacher(spec, names, label_set.fingerprint, should_stop)
+    if fingerprint != label_set.fingerprint:
+        with session_scope() as session:
+            session.get_one(LabelSet, label_set.id, with_for_update=True).fingerprint = fingerprint
+        label_set.fingerprint = fingerprint
+    if isinstance(teacher, EndpointTeacher) and teacher.confidence_method == "none":
+        with session_scope() as session:
+            lifecycle.fail_for_want_of_confidence(session, label_set.id)
+        if needs_confidence(spec.method):
+            raise AskedToStop
+    return teacher
+
+
+def ready_teacher(
+    spec: JobSpec, names: list[Label], fingerprint: str, should_stop: Callable[[], bool]
+) -> tuple[Teacher, str]:
+    """The teacher, and its labels' fingerprint: an endpoint's holds how its answers are read, found out here if need be.
 
     Raises WorkFailed, TeacherAway or AskedToStop.
     """
     global _loaded
-    spec = JobSpec.model_validate(job.spec)
-    names = [Label.model_validate(entry) for entry in label_set.labels]
-    teacher = teacher_for(spec, names, label_set.fingerprint)
+    teacher = teacher_for(spec, names, fingerprint)
     if isinstance(teacher, EndpointTeacher):
         teacher.should_stop = should_stop
-        fingerprint = labels.fingerprint(spec.teacher, names, teacher.revision)
-        if fingerprint != label_set.fingerprint:
-            with session_scope() as session:
-                session.get_one(LabelSet, label_set.id, with_for_update=True).fingerprint = fingerprint
-            label_set.fingerprint = fingerprint
-            _loaded = (fingerprint, teacher)
-        if teacher.confidence_method == "none":
-            with session_scope() as session:
-                lifecycle.fail_for_want_of_confidence(session, label_set.id)
-            if needs_confidence(spec.method):
-                raise AskedToStop
-    return teacher
+        found = labels.fingerprint(spec.teacher, names, teacher.revision)
+        if found != fingerprint:
+            _loaded = (found, teacher)
+        fingerprint = found
+    return teacher, fingerprint
 
 
 _loaded: tuple[str, Teacher] | None = None

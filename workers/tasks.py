@@ -1,4 +1,4 @@
-"""The two tasks: claim, call, record. A message means that there is work; sent twice it does no harm."""
+"""The tasks: claim, call, record. A message means that there is work; sent twice it does no harm."""
 
 from __future__ import annotations
 
@@ -57,6 +57,16 @@ def train(job_id: str) -> None:
                 run_job(*held)
         if held is not None:
             return
+
+
+@celery.task(name=queue.MEASURE)
+def measure(measurement_id: str) -> None:
+    """Try a teacher on a few rows, for a dry run that waits for it."""
+    from workers.measuring import measure
+
+    limit_threads()
+    with structlog.contextvars.bound_contextvars(measurement_id=measurement_id, task="measure"):
+        measure(measurement_id, stopping)
 
 
 def _in_turn(task: str, named: str | None = None) -> list[str]:

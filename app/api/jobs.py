@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
-from app import estimates, labels, ledger, lifecycle, limits, preflight, retention
+from app import estimates, labels, ledger, lifecycle, limits, measurements, preflight, retention
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -72,7 +72,7 @@ Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancel
     status_code=202,
     response_model=JobRead,
     responses={
-        200: {"model": DryRunRead, "description": "With dry_run=true: what the job would need; nothing is stored."},
+        200: {"model": DryRunRead, "description": "With dry_run=true: what the job would need; no job is stored."},
         **problems(BadRequest, Unauthorized, Conflict, TooLarge, UnsupportedMedia, InvalidSpec),
     },
 )
@@ -85,16 +85,22 @@ def create_job(
     key: KeyDep,
     idempotency_key: IdempotencyDep = None,
     dry_run: Annotated[bool, Query(description="Only tell what the job would need.")] = False,
+    measure: Annotated[
+        bool, Query(description="In a dry run: have a worker ask the teacher about a few rows, where one is free.")
+    ] = True,
 ) -> Response:
     """Start a distillation job, once everything that can be checked beforehand has been."""
     tenant = key.tenant
     if dry_run:
         request.state.changes_nothing = True
         plan = preflight.check(session, tenant, spec, settings)
-        return Response(
-            DryRunRead.model_validate(estimates.dry_run(session, storage, tenant, plan)).model_dump_json(),
-            media_type="application/json",
-        )
+        need = estimates.need(session, storage, tenant, plan)
+        told = estimates.dry_run(session, plan, need)
+        session.expunge_all()
+        session.rollback()  # no transaction is open, and no dataset held, while a worker is waited for
+        if measure:
+            told = estimates.measured(told, measurements.measure(tenant, plan, need.train_rows))
+        return Response(DryRunRead.model_validate(told).model_dump_json(), media_type="application/json")
 
     def start() -> JobRead:
         plan = preflight.check(session, tenant, spec, settings)

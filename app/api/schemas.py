@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
@@ -152,20 +152,54 @@ class JobRead(Read):
         )
 
 
+class MeasurementRead(Read):
+    """What a worker found when it asked the teacher about a few of the job's rows. Their labels are in the cache now."""
+
+    rows: int
+    """Asked about; rows known from the cache do not count."""
+    failed: int
+    load_seconds: float
+    """Until the teacher was ready: nothing, where this worker had it in memory."""
+    seconds: float
+    """For the rows but the first few, which warm the teacher up."""
+    rows_per_second: float
+    """Of one worker."""
+    tokens_per_row: float
+    cost: float | None
+    """Of these rows, paid; null where the endpoint has no price."""
+    confidence_method: str
+    confidence: dict[str, float] | None
+    """`min`, `p25`, `median`, `p75` and `max` over the rows; null where the teacher gives a label alone."""
+    teacher: dict[str, Any]
+    """What the teacher says of itself, as in a job's `labeling.teacher`."""
+
+
 class DryRunRead(Read):
-    """What a job would need; nothing is stored."""
+    """What a job would need; no job is stored."""
 
     rows: int
     rows_to_label: int
     """Train rows, and held-out rows where the teacher is scored on them, that the label cache lacks."""
     rows_cached: int
     teacher_tokens: int
-    """Tokens the teacher would read, estimated from the rows' and the prompt's lengths at four characters a token."""
+    """Tokens the teacher would read: by the measured rows, else from all texts' and the prompt's lengths at four
+    characters a token."""
     cost: float | None
     """What they would cost where the endpoint has a price, in the operator's currency."""
     estimated_seconds: float
+    """The next two together."""
+    labeling_seconds: float
+    """By one worker; several share them."""
+    labeling_basis: Literal["sample", "earlier_jobs", "default_rate"]
+    training_seconds: float
+    training_basis: Literal["earlier_jobs", "default_rate"]
     estimate_basis: str
-    """`measured` when the rates are those of earlier jobs on this server, else `default_rates`."""
+    """`measured` when neither of the two is by a default rate, else `default_rates`."""
+    measured: bool
+    """Whether a worker asked the teacher about a sample of the rows, for this dry run or in the hour before."""
+    measurement: MeasurementRead | None
+    measurement_note: str | None
+    """Why nothing was measured, or what the measured answers say against the job."""
     labels: list[str]
     warnings: list[dict[str, Any]]
 

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from app.embedded import free_port
-from tests.support import sentences, tiny_spec, wait_until
+from tests.support import TOPICS, sentences, tiny_spec, wait_until
 
 UNDERSTUDY = [sys.executable, "-m", "app.cli"]
 
@@ -37,7 +37,8 @@ class Service:
     def start(self) -> None:
         command = [*UNDERSTUDY, "up", "--port", str(self.port), "--data-dir", str(self.directory)]
         with (self.directory / "stderr").open("a") as errors:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            environment = {**os.environ, "UNDERSTUDY_MEASURE_SECONDS": "60"}
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == f"ready {self.url}\n", self.errors
 
@@ -120,6 +121,19 @@ def test_a_job_submitted_by_a_file_runs_and_is_listed(service: Service, job_id: 
     assert "from a file" in listed
     watched = service.run("watch", job_id)
     assert (watched.returncode, "macro-F1" in watched.stdout) == (0, True)
+
+
+def test_a_dry_run_has_a_worker_measure_and_prints_what_the_job_would_need(service: Service, job_id: str) -> None:
+    spec = tiny_spec("rows.jsonl") | {"teacher": {"kind": "embedding"}, "labels": TOPICS, "method": {"kind": "llkd"}}
+    (service.directory / "measured.json").write_text(json.dumps(spec))
+    done = service.run("submit", "measured.json", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert (told["rows to label"], told["rows in the cache"]) == ("48", "0"), done.stdout + done.stderr
+    assert told["labeling"].endswith("s by one worker (measured on a few rows)"), done.stdout + done.stderr
+    assert told["sample"].startswith("32 rows asked, 0 failed, ")
+    assert "from a file" in (listed := service.run("jobs").stdout)
+    assert listed.count("job_") == 1  # none was started
 
 
 def test_a_checkpoint_is_downloaded_and_unpacked(service: Service, job_id: str) -> None:
