@@ -27,6 +27,8 @@ def fingerprint(teacher: Teacher, labels: Sequence[Label], revision: str | None)
     options = teacher.model_dump(
         mode="json", exclude={"score_held_out": True, "calibrate": True, "few_shot": {"dataset_id"}}
     )
+    if options.get("answers") == "labels":  # an option that came later: what was paid for before it is still found
+        del options["answers"]
     parts = [options, revision, [label.model_dump(mode="json") for label in labels]]
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
 

@@ -112,6 +112,9 @@ class LLMTeacher(Options):
     """How examples are chosen; null shows all of them."""
     verbalised: dict[Annotated[Text, Field(max_length=200)], Annotated[Text, Field(max_length=200)]] = {}
     """How a label is written in the prompt and in the answer, by its name; a label not named here is written as it is."""
+    answers: Literal["labels", "numbers"] = "labels"
+    """What the model answers with: the label as it is written, or the number that it has in the prompt's list. A number
+    is a token or a few, so 77 or 151 long labels cost hardly more than six short ones; a small model may take it worse."""
     template: Literal["1"] = "1"
     """The wording around instruction, labels, examples and row. A new wording gets a new number and misses the cache."""
     score_held_out: bool = True

@@ -9,7 +9,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -40,6 +41,8 @@ class World:
         """Lets the requests that hang end."""
         self.answer_seconds = 0.0
         self.url = ""
+        self.opinion: Callable[[str, Sequence[str]], dict[str, float]] = opinion
+        """How probable each topic is for a text."""
         self.complete = complete
         """Answers `/completions`; a test may put a real model here."""
 
@@ -78,6 +81,30 @@ def pieces(text: str) -> list[str]:
     return re.findall(r"\s?\w{1,4}|\s|[^\w\s]", text)
 
 
+def listed(prompt: str) -> list[str]:
+    """The labels that a prompt lists."""
+    return re.findall(r"^- ([^:\n]+)", prompt, re.MULTILINE)
+
+
+def next_pieces(chances: dict[str, float], written: list[str]) -> Counter[str]:
+    """How probable each next piece is after those that are written; "" is the end of the answer."""
+    following: Counter[str] = Counter()
+    for topic, chance in chances.items():
+        said = [*pieces(topic), ""]
+        if said[: len(written)] == written and len(said) > len(written):
+            following[said[len(written)]] += chance  # type: ignore[assignment]
+    total = sum(following.values())
+    return Counter({piece: chance / total for piece, chance in following.items()})  # type: ignore[misc]
+
+
+def greedy(chances: dict[str, float]) -> str:
+    """What a model answers that always takes the most probable piece."""
+    written: list[str] = []
+    while (piece := next_pieces(chances, written).most_common(1)[0][0]) != "":
+        written.append(piece)
+    return "".join(written)
+
+
 def complete(world: World, body: dict[str, Any]) -> dict[str, Any]:
     choices = []
     tokens = 0
@@ -85,8 +112,9 @@ def complete(world: World, body: dict[str, Any]) -> dict[str, Any]:
         question, _, answer = text.rpartition("Label:")
         shown = pieces(question + "Label:") if question else pieces(text)
         said = pieces(answer) if question else []
-        row = re.findall(r"Text: (.*)\n$", question)
-        chance = opinion(row[-1]).get(answer.strip(), 1e-6) if row else 0.5
+        row = re.findall(r"[Tt]ext: (.*)\n$", question)
+        topics = listed(body["prompt"][0]) or TOPICS
+        chance = world.opinion(row[-1], topics).get(answer.strip(), 1e-6) if row else 0.5
         values = [None, *[-1.0] * (len(shown) - 1), *[math.log(chance)] * len(said)]
         more = [" and"] * body["max_tokens"]
         values += [-0.5] * len(more)
@@ -100,9 +128,9 @@ def complete(world: World, body: dict[str, Any]) -> dict[str, Any]:
 
 def chat(world: World, body: dict[str, Any]) -> dict[str, Any]:
     text = row_of(body)
-    topics = re.findall(r"^- ([^:\n]+)", body["messages"][0]["content"], re.MULTILINE)
-    chances = opinion(text, topics) if text is not None else {"yes": 0.9, "no": 0.1}
-    best = max(chances, key=lambda topic: chances[topic])
+    topics = listed(body["messages"][0]["content"])
+    chances = world.opinion(text, topics) if text is not None else {"yes": 0.9, "no": 0.1}
+    best = greedy(chances)
     if body["temperature"] > 0:  # one after the other, so that the shares can be foretold
         turn = sum(asked == text for asked in world.asked())
         shares = [topic for topic, chance in chances.items() for _ in range(round(chance * 10))]
@@ -113,11 +141,11 @@ def chat(world: World, body: dict[str, Any]) -> dict[str, Any]:
     limit = 20 if ALTERNATIVES in world.able else 5 if FEW_ALTERNATIVES in world.able else 0
     logprobs = None
     if body.get("logprobs") and limit:
-        first = [{"token": pieces(topic)[0], "logprob": math.log(chance)} for topic, chance in chances.items()]
-        content = [{"token": said[0], "logprob": math.log(chances.get(best, 1e-9)), "top_logprobs": first}]
-        content += [
-            {"token": piece, "logprob": 0.0, "top_logprobs": [{"token": piece, "logprob": 0.0}]} for piece in said[1:]
-        ]
+        content = []
+        for number, piece in enumerate(said):
+            following = next_pieces(chances, said[:number])
+            most = [{"token": token, "logprob": math.log(chance)} for token, chance in following.most_common(limit)]
+            content.append({"token": piece, "logprob": math.log(following[piece] or 1e-9), "top_logprobs": most})
         logprobs = {"content": content}
     message = {"role": "assistant", "content": best}
     usage = {"prompt_tokens": len(pieces(body["messages"][-1]["content"])), "completion_tokens": len(said)}

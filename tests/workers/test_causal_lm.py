@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sqlalchemy import Engine
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from app import pretrained
+from app.config import settings
+from app.db import session_scope
 from app.lifecycle import WorkFailed
+from app.models import Job, LabelSet
 from app.options import CausalLMTeacher as Options
 from app.options import Example, Label
+from app.storage import storage
 from tests.llms import tiny_llama, tiny_tokenizer
-from tests.support import shared_data
+from tests.support import add_dataset, run, shards_of, shared_data, submit, tiny_spec
+from workers import labeling
 from workers.algorithms import label_tree
 from workers.teachers import causal_lm
 from workers.teachers.causal_lm import CausalLMTeacher
@@ -64,7 +70,7 @@ def plain_probabilities(
 ) -> np.ndarray:
     """(N, C / step) by reading prompt and answer, tokenised as one string, once for every row and every `step`th label."""
     chat = teacher._prompts[0].tokens.is_chat
-    written = [teacher._options.written(label.name) for label in labels]
+    written = build_prompt(teacher._options, labels, []).answers
     scores = np.zeros((len(rows), len(labels[::step])))
     for number, text in enumerate(whole_prompts(teacher, rows, labels)):
         start = teacher.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -99,14 +105,19 @@ def test_probabilities_are_those_of_the_plain_loop(
     np.testing.assert_allclose(answer.probabilities, plain_probabilities(teacher, ROWS), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["banking77", "clinc150"])
-def test_many_labels_get_the_probabilities_of_the_plain_loop(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "answers"), [("banking77", "labels"), ("clinc150", "labels"), ("clinc150", "numbers")]
+)
+def test_many_labels_get_the_probabilities_of_the_plain_loop(tmp_path: Path, name: str, answers: str) -> None:
     folder = shared_data(name)
     path = next(folder.glob("test.jsonl"))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     labels = [Label(name=label) for label in sorted({row["label"] for row in rows})]
     assert len(labels) == {"banking77": 77, "clinc150": 151}[name]
-    teacher = make(tmp_path, labels, llama={"words": " ".join(label.name for label in labels)})
+    words = " ".join([*(label.name for label in labels), *(str(number) for number in range(1, 152))])
+    teacher = make(tmp_path, labels, llama={"words": words}, answers=answers)
+    nodes = teacher.report()["label_tokens_read_per_row"]
+    assert nodes > 151 if answers == "labels" else nodes < 30
     asked = [Row(row["text"]) for row in rows[:2]]
     found = teacher.label(asked).probabilities[:, ::5]
     found /= found.sum(axis=1, keepdims=True)
@@ -289,6 +300,30 @@ def test_numbers_that_are_not_finite_are_errors_of_their_rows(tmp_path: Path) ->
     assert "not finite" in answer.errors[4]
     assert np.isnan(answer.probabilities[4]).all()
     assert np.isfinite(np.delete(answer.probabilities, 4, axis=0)).all()
+
+
+def test_a_job_of_pairs_with_151_labels_ends_in_a_student(
+    database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (shared_data("clinc150") / "test.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    names = sorted({row["label"] for row in rows})
+    tiny_llama(tmp_path / "llama", words=" ".join(names))
+    monkeypatch.setattr(settings(), "model_roots", [tmp_path])
+    monkeypatch.setattr(labeling, "_loaded", None)
+    pairs = [{"text": row["text"], "text_pair": f"and {row['label']}"} for row in rows[::75]]
+    teacher = {"kind": "causal_lm", "model": "llama", "answers": "numbers"}
+    job = run(submit(tiny_spec(add_dataset(pairs), labels=names, teacher=teacher, method={"kind": "llkd"})))
+    assert job.status == "succeeded", job.error
+    said = labeling.read_labels(storage(), shards_of(job.id), "train", len(pairs))
+    assert {len(answer) for answer in said.column("probabilities").to_pylist()} == {151}
+    assert job.evaluation is not None
+    assert label_set_of(job).report["label_tokens_read_per_row"] < 30
+
+
+def label_set_of(job: Job) -> LabelSet:
+    with session_scope() as session:
+        return session.get_one(LabelSet, job.label_set_id)
 
 
 def test_a_row_is_asked_under_the_prompt_of_its_cluster(tmp_path: Path) -> None:

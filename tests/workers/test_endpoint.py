@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -36,7 +37,19 @@ from tests.openai_server import (
     row_of,
     serving,
 )
-from tests.support import TOPICS, add_dataset, job_of, label, run, sentences, shards_of, submit, tiny_spec, wait_until
+from tests.support import (
+    TOPICS,
+    add_dataset,
+    job_of,
+    label,
+    run,
+    sentences,
+    shards_of,
+    shared_data,
+    submit,
+    tiny_spec,
+    wait_until,
+)
 from workers import labeling
 from workers.labeling import read_labels
 from workers.teachers import Row, endpoint_client
@@ -124,6 +137,73 @@ def test_the_best_way_that_a_server_offers_is_found_and_gives_its_distribution(
     teacher().label(ROWS[:1])
     # What was found out is not asked again; only the row is, and with `echo` how many tokens each label has.
     assert len(world.requests) - before == (2 if method == "prompt_logprobs" else 1)
+
+
+def sure_opinion(text: str, topics: Sequence[str]) -> dict[str, float]:
+    """Mostly the label that a text ends with, some of the one before it, and a little of all."""
+    weights = dict.fromkeys(topics, 0.2)
+    for word, weight in zip(text.split()[-2:], (20.0, 60.0), strict=False):
+        if word in weights:
+            weights[word] += weight
+    return {topic: weight / sum(weights.values()) for topic, weight in weights.items()}
+
+
+def label_names(name: str) -> list[str]:
+    """The labels of a shared data set, in an order that mixes their beginnings."""
+    with (shared_data(name) / "test.jsonl").open() as lines:
+        return sorted({json.loads(line)["label"] for line in lines}, key=lambda label: (len(label), label))
+
+
+@pytest.mark.parametrize(("data", "classes", "requests"), [("banking77", 77, 3), ("clinc150", 151, 5)])
+@pytest.mark.parametrize("able", [ECHO, ALTERNATIVES, FEW_ALTERNATIVES, "label alone"])
+def test_pairs_with_77_and_151_labels_are_read_in_every_way_and_what_that_takes_is_told(
+    world: World, able: str, data: str, classes: int, requests: int
+) -> None:
+    names = label_names(data)
+    assert len(names) == classes
+    world.able, world.opinion = {able}, sure_opinion
+    rows = [Row(f"first text {number}", f"{names[-number - 1]} {names[number * 9]}") for number in range(8)]
+    true = np.array([list(sure_opinion(row.text_pair or "", names).values()) for row in rows])
+    one = teaching.EndpointTeacher(
+        EndpointTeacher(kind="endpoint", endpoint="tiny"), [Label(name=name) for name in names]
+    )
+    answer = one.label(rows)
+    assert answer.errors == {}
+    told = one.report()
+    asked = len(world.asked())
+    np.testing.assert_allclose(answer.probabilities.sum(axis=1), 1, atol=1e-5)
+    assert (answer.probabilities.argmax(axis=1) == true.argmax(axis=1)).all()
+    if able == ECHO:
+        np.testing.assert_allclose(answer.probabilities, true, atol=1e-6)
+        assert (asked, told["requests_per_row"], told["prompts_per_row"]) == (
+            8 * requests + requests,
+            requests,
+            classes,
+        )
+        return
+    assert (asked, told["requests_per_row"]) == (8, 1)
+    if able == "label alone":
+        assert ("note" in told, one.confidence_method) == (False, "none")
+    else:
+        # The label is known to within what all the unlisted ones have together, and the list is said to be short.
+        np.testing.assert_allclose(answer.probabilities.max(axis=1), true.max(axis=1), atol=0.25)
+        assert f"there are {classes} labels" in told["note"]
+
+
+def test_a_job_of_pairs_with_77_labels_trains_on_what_an_endpoint_says(world: World, client: TestClient) -> None:
+    names = label_names("banking77")
+    world.opinion = sure_opinion
+    rows = [
+        {"text": f"what is this {number}", "text_pair": f"{names[-number % 77]} {names[number * 5 % 77]}"}
+        for number in range(80)
+    ]
+    job = run(submit(spec(add_dataset(rows), labels=names)))
+    assert job.status == "succeeded", job.error
+    told = client.get(f"/jobs/{job.id}").json()["labeling"]
+    assert (len(told["labels"]), told["rows_failed"]) == (77, 0)
+    assert "there are 77 labels" in told["teacher"]["note"]
+    samples = client.get(f"/jobs/{job.id}/samples").json()["data"]
+    assert [sample["label"] for sample in samples] == [rows[number]["text_pair"].split()[-1] for number in range(20)]
 
 
 def test_more_labels_than_fit_a_request_are_asked_in_several(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +296,13 @@ def test_an_answer_names_a_label_or_none(answer: str, label: str | None) -> None
     labels = ["joy", "sad", "card_not_working", "C++", "C#"]
     index = match_label(answer, labels)
     assert (None if index is None else labels[index]) == label
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"), [("7", 6), (" 12.\n", 11), ("Label: 3", 2), ("12. card_arrival", 11), ("13", None), ("none", None)]
+)  # fmt: skip
+def test_an_answer_by_number_names_a_label_or_none(answer: str, number: int | None) -> None:
+    assert match_label(answer, [str(place) for place in range(1, 13)]) == number
 
 
 # --- what failures become -------------------------------------------------------------------------------------------
@@ -402,6 +489,8 @@ def test_a_job_pays_for_each_text_once_and_tells_what_it_cost(
         "model": "tiny",
         "revision": "",
         "samples": 1,
+        "requests_per_row": 1,
+        "prompts_per_row": 1,
     }
     outputs = 2 * 24
     assert told["cost"] == pytest.approx(((told["tokens"] - outputs) * 2.0 + outputs * 6.0) / 1e6, abs=1e-6)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import orjson
 import pytest
 from pydantic import ValidationError
 
+from app import labels
 from app.options import Example, Label, LLMTeacher
 from workers.teachers.prompts import build_prompt
 from workers.teachers.teacher import Row
@@ -30,6 +34,25 @@ def test_the_chat_has_the_examples_as_turns_and_the_instruction_in_the_first() -
     assert [message["content"] for message in messages[1:]] == [
         "billing", "Text: A late goal\nLabel:", "sports", "Text: We won\nLabel:",
     ]  # fmt: skip
+
+
+def test_with_numbers_the_list_is_numbered_and_the_answer_is_the_number() -> None:
+    options = LLMTeacher(answers="numbers", verbalised={"sports": "games"})
+    prompt = build_prompt(options, LABELS, EXAMPLES)
+    assert prompt.text(Row("We won")) == (
+        "Decide which of the labels fits best. Answer with its number alone.\n\n"
+        "Labels:\n1. billing: invoices and payments\n2. games\n\n"
+        "Text: Charged twice\nLabel: 1\n\nText: A late goal\nLabel: 2\n\nText: We won\nLabel:"
+    )
+    assert prompt.answers == ("1", "2")
+
+
+def test_an_option_that_came_later_does_not_lose_the_labels_that_were_paid_before_it() -> None:
+    before = LLMTeacher().model_dump(mode="json", exclude={"answers", "score_held_out", "calibrate"})
+    parts = [before, "revision", [label.model_dump(mode="json") for label in LABELS]]
+    expected = hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    assert labels.fingerprint(LLMTeacher(), LABELS, "revision") == expected
+    assert labels.fingerprint(LLMTeacher(answers="numbers"), LABELS, "revision") != expected
 
 
 def test_a_pair_is_asked_about_as_a_pair() -> None:

@@ -133,11 +133,25 @@ class EndpointTeacher:
         return Labeled(probabilities, tokens, errors, cost, frozenset(unasked), ended)
 
     def report(self) -> dict[str, Any]:
-        """What the job records: which endpoint and model, and how its answers are read."""
-        return {
-            "mode": self.confidence_method, "endpoint": self._options.endpoint, "model": self._endpoint.model,
+        """What the job records: which endpoint and model, how its answers are read, and what a row takes."""
+        mode, labels = self.confidence_method, len(self._prompt.answers)
+        requests = {
+            "prompt_logprobs": math.ceil(labels / LABELS_PER_REQUEST),
+            "sampled_frequency": self._options.samples,
+        }
+        told: dict[str, Any] = {
+            "mode": mode, "endpoint": self._options.endpoint, "model": self._endpoint.model,
             "revision": self._endpoint.revision, "samples": self._options.samples,
+            "requests_per_row": requests.get(mode, 1), "prompts_per_row": labels if mode == "prompt_logprobs" else requests.get(mode, 1),
         }  # fmt: skip
+        alternatives = self._ability.top_logprobs if self._ability is not None else 0
+        if mode == "top_logprobs" and alternatives < labels:
+            told["note"] = (
+                f"The server lists {alternatives} alternatives for a token and there are {labels} labels: what an answer "
+                "does not list is known to be improbable and no more. The confidence of a sure answer is good, that of an "
+                "unsure one is rough."
+            )
+        return told
 
     def _find_ability(self) -> Ability:
         if self._ability is None:
@@ -423,13 +437,16 @@ def read_alternatives(steps: list[dict[str, Any]], content: str, answers: Sequen
 
 
 def match_label(content: str, answers: Sequence[str]) -> int | None:
-    """The label that an answer names: as it is written, or but for case, punctuation and a `Label:` before it."""
+    """The label that an answer names: as it is written, or but for case, punctuation and a `Label:` before it. Where
+    answers are numbers, the one that the answer begins with."""
     text = re.sub(r"<think>.*?</think>", "", content, flags=re.DOTALL).strip()
     line = next(iter(text.splitlines()), "").strip()
     if line in answers:
         return list(answers).index(line)
     wanted = _bare(line)
     bare = [_bare(answer) for answer in answers]
+    if all(answer.isdigit() for answer in bare):
+        wanted = wanted.removeprefix("label ").partition(" ")[0]
     for candidate in (wanted, wanted.removeprefix("label ")):
         if candidate and bare.count(candidate) == 1:
             return bare.index(candidate)

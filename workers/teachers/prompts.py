@@ -14,6 +14,8 @@ Everything before the row is the same for every row, so a teacher may read it on
 
     Text: <the row>
     Label:
+
+With `answers: "numbers"` the list has `1. billing: …`, and the answer is ` 1`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ from dataclasses import dataclass
 from app.options import Example, Label, LLMTeacher
 from workers.teachers.teacher import Row
 
-INSTRUCTION = "Decide which of the labels fits best. Answer with the label alone."
+INSTRUCTIONS = {
+    "labels": "Decide which of the labels fits best. Answer with the label alone.",
+    "numbers": "Decide which of the labels fits best. Answer with its number alone.",
+}
+"""By the option `answers`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Prompt:
     examples: tuple[tuple[str, str], ...]
     """Question and answer of each example."""
     answers: tuple[str, ...]
-    """How each label is written, in the order of the labels: what the model is expected to say."""
+    """What the model is expected to say for each label, in the order of the labels."""
 
     @property
     def prefix(self) -> str:
@@ -61,12 +67,19 @@ class Prompt:
 
 def build_prompt(options: LLMTeacher, labels: Sequence[Label], examples: Sequence[Example]) -> Prompt:
     """The prompt that shows these examples, whose labels are among `labels`."""
-    written = {label.name: options.written(label.name) for label in labels}
-    lines = [f"- {written[label.name]}" + (f": {label.description}" if label.description else "") for label in labels]
-    shown = [(question_about(example.text, example.text_pair), written[example.label]) for example in examples]
-    return Prompt(
-        "\n".join([options.instruction or INSTRUCTION, "", "Labels:", *lines]), tuple(shown), tuple(written.values())
-    )
+    numbered = options.answers == "numbers"
+    said = {
+        label.name: str(place) if numbered else options.written(label.name) for place, label in enumerate(labels, 1)
+    }
+    lines = [
+        (f"{said[label.name]}. " if numbered else "- ")
+        + options.written(label.name)
+        + (f": {label.description}" if label.description else "")
+        for label in labels
+    ]
+    shown = [(question_about(example.text, example.text_pair), said[example.label]) for example in examples]
+    instruction = options.instruction or INSTRUCTIONS[options.answers]
+    return Prompt("\n".join([instruction, "", "Labels:", *lines]), tuple(shown), tuple(said.values()))
 
 
 def question_about(text: str, text_pair: str | None) -> str:
