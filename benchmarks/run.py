@@ -11,6 +11,7 @@ import sys
 BENCHMARKS = [
     "benchmarks.epoch_cost",
     "benchmarks.labeling",
+    "benchmarks.labeling_workers --rows 240 --rounds 1",
     "benchmarks.upload_memory",
     "benchmarks.lgtm_step --small",
 ]

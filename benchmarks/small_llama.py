@@ -4,10 +4,18 @@
     UNDERSTUDY_MODEL_ROOTS='["models"]' understudy up --port 8090 --data-dir data &
     python -m benchmarks.small_llama label small-llama --url http://127.0.0.1:8090 --key "$(cat data/api-key)" --rows 5000
 
+    python -m benchmarks.small_llama train models/ending-llama --end
+    transformers serve models/ending-llama --port 8091 --device cpu &
+    UNDERSTUDY_MODEL_ROOTS='["models"]' UNDERSTUDY_ENDPOINTS='{"served": {"base_url": "http://127.0.0.1:8091/v1",
+        "model": "models/ending-llama"}}' understudy up --port 8090 --data-dir data &
+    python -m benchmarks.small_llama agree ending-llama --endpoint served --url … --key … --rows 5000
+
 `train` starts from random weights and a byte-level BPE of the rows, and learns the label as the continuation of the prompt
 that the causal_lm teacher writes, from the first half of the train rows. `label` uploads the first --rows of the second
 half without their labels, the validation and the test set, runs the job, and prints what the job says about the teacher
-and the student.
+and the student. With --end the model also learns to end its answer, and gets a chat template that writes the same prompt: a
+server that generates needs both. `agree` runs one job with the model as causal_lm and one with the same model behind a
+server, each with a student of a second or two, and prints on how many rows the two teachers' labels are the same.
 """
 
 from __future__ import annotations
@@ -34,6 +42,10 @@ VOCABULARY = 4000
 BATCH = 32
 LEARNING_RATE = 2e-3
 INSTRUCTION = "Which label fits?"
+CHAT = (
+    "{% for m in messages %}{{ ' ' + m['content'] + '</s>' if m['role'] == 'assistant' else m['content'] }}{% endfor %}"
+)
+SMALLEST_STUDENT = {"model": "scratch", "num_layers": 1, "hidden_size": 32, "vocab_size": 300, "max_length": 16}
 
 
 def main() -> None:
@@ -44,20 +56,24 @@ def main() -> None:
     training.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} rows; some minutes on one quiet core")
     training.add_argument("--threads", type=int, default=1)
     training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--end", action="store_true", help="learn to end the answer too, and have a chat template")
     labeling = commands.add_parser("label")
-    labeling.add_argument("model", help="its name under a model root of the service")
-    labeling.add_argument("--url", default="http://127.0.0.1:8000")
-    labeling.add_argument("--key", required=True)
-    labeling.add_argument("--rows", type=int, default=5000)
+    agreeing = commands.add_parser("agree")
+    for command in (labeling, agreeing):
+        command.add_argument("model", help="its name under a model root of the service")
+        command.add_argument("--url", default="http://127.0.0.1:8000")
+        command.add_argument("--key", required=True)
+        command.add_argument("--rows", type=int, default=5000)
     labeling.add_argument("--epochs", type=int, default=3)
-    for command in (training, labeling):
+    agreeing.add_argument("--endpoint", required=True, help="the service's name of the server that has the model")
+    for command in (training, labeling, agreeing):
         command.add_argument("--data", default="emotion", help="a shared data set")
     arguments = parser.parse_args()
     if arguments.command == "train":
         torch.set_num_threads(arguments.threads)
-        train(arguments.directory, arguments.data, arguments.steps, arguments.seed)
+        train(arguments.directory, arguments.data, arguments.steps, arguments.seed, end=arguments.end)
     else:
-        label(arguments)
+        {"label": label, "agree": agree}[arguments.command](arguments)
 
 
 def halves(data: str) -> tuple[Rows, Rows]:
@@ -78,8 +94,8 @@ def prompt_for(data: str) -> Prompt:
     )
 
 
-def train(directory: Path, data: str, steps: int, seed: int) -> None:
-    """Train with a learning rate that falls to 0; save model and tokenizer."""
+def train(directory: Path, data: str, steps: int, seed: int, *, end: bool) -> None:
+    """Train with a learning rate that falls to 0; save model and tokenizer. `end`: the answer ends with `</s>`."""
     rows, _ = halves(data)
     prompt = prompt_for(data)
     tokenizer = train_tokenizer([prompt.text(Row(row["text"])) + f" {row['label']}" for row in rows])
@@ -93,7 +109,10 @@ def train(directory: Path, data: str, steps: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     luck = random.Random(seed)
     texts = [(tokenizer(prompt.text(Row(row["text"])))["input_ids"], row["label"]) for row in rows]
-    examples = [(ids, tokenizer(f" {label}")["input_ids"]) for ids, label in texts]
+    closing = [tokenizer.eos_token_id] if end else []
+    examples = [(ids, tokenizer(f" {label}")["input_ids"] + closing) for ids, label in texts]
+    if end:
+        tokenizer.chat_template = CHAT
     began = time.perf_counter()
     running = 0.0
     for step in range(steps):
@@ -157,10 +176,43 @@ def label(arguments: argparse.Namespace) -> None:
             "labels": names, "teacher": {"kind": "causal_lm", "model": arguments.model, "instruction": INSTRUCTION},
             "method": {"kind": "llkd"}, "training": {"epochs": arguments.epochs},
         })  # fmt: skip
-        job = client.wait(job["id"])
+        job = finished(client, job["id"])
+    print_figures(job)
+
+
+def agree(arguments: argparse.Namespace) -> None:
+    """Run the job with the model here and with the model behind the server; print how the labels compare."""
+    _, rows = halves(arguments.data)
+    gold = [row["label"] for row in rows[: arguments.rows]]
+    said: dict[str, list[str | None]] = {}
+    with Client(arguments.url, arguments.key) as client:
+        train = upload(client, f"{arguments.data}-train", [{"text": row["text"]} for row in rows[: arguments.rows]])
+        for teacher in (
+            {"kind": "causal_lm", "model": arguments.model},
+            {"kind": "endpoint", "endpoint": arguments.endpoint},
+        ):
+            job = client.submit({
+                "dataset_id": train, "labels": sorted(set(gold)), "teacher": {**teacher, "instruction": INSTRUCTION},
+                "student": SMALLEST_STUDENT, "method": {"kind": "no_selection"}, "training": {"epochs": 1},
+            })  # fmt: skip
+            job = finished(client, job["id"])
+            said[teacher["kind"]] = [row["label"] for row in client.samples(job["id"])]
+            labeling = job["labeling"]
+            right = sum(label == name for label, name in zip(said[teacher["kind"]], gold, strict=True))
+            print(
+                f"{teacher['kind']}: {len(gold)} rows, {right / len(gold):.2%} right, {labeling['rows_failed']} without a label, "
+                f"{labeling['tokens']} tokens, {labeling['seconds']:.0f} s, confidence by {labeling['confidence_method']}"
+            )
+    same = sum(here == served for here, served in zip(*said.values(), strict=True))
+    print(f"the same label on {same} of {len(gold)} rows: {same / len(gold):.2%}")
+
+
+def finished(client: Client, job_id: str) -> dict[str, Any]:
+    """The job when it has succeeded; else the program ends with the reason."""
+    job = client.wait(job_id)
     if job["status"] != "succeeded":
         raise SystemExit(f"{job['id']} {job['status']}: {job['error']}")
-    print_figures(job)
+    return job
 
 
 def print_figures(job: dict[str, Any]) -> None:
