@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["rte", "mrpc", "sst2-sentences"])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--validation-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--student-layers", type=int, default=3)
@@ -70,11 +71,9 @@ def main() -> None:
         sys.exit(f"lgtm_search: {', '.join(gone)} not at {SHARED}")
     if arguments.cost:
         arms = {name: (ARMS[name], arguments.student_layers) for name in arguments.arms}
-        tell_cost(
-            arms, arguments.data, arguments, {name: len(read_split(name, "validation")) for name in arguments.data}
-        )
+        tell_cost(arms, arguments.data, arguments, dict.fromkeys(arguments.data, arguments.validation_rows))
         return
-    names = ("rows", "epochs", "student_layers", "max_length", "learning_rate")
+    names = ("rows", "validation_rows", "epochs", "student_layers", "max_length", "learning_rate")
     record = Record(arguments.out, {name: getattr(arguments, name) for name in names})
     wanted = [
         {"data": name, "method": arm, "seed": seed}
@@ -86,6 +85,7 @@ def main() -> None:
         figures = one_run(
             run["data"], ARMS[run["method"]], run["seed"], rows=arguments.rows, epochs=arguments.epochs,
             layers=arguments.student_layers, max_length=arguments.max_length, learning_rate=arguments.learning_rate,
+            validation_rows=arguments.validation_rows,
         )  # fmt: skip
         record.add({**run, **figures})
         print(json.dumps({**run, **figures}), flush=True)

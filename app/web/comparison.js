@@ -141,10 +141,11 @@ function charts(told, metrics) {
     name: arm.name, colour: index, ...style, points: (metrics.get(arm.name).get(series) ?? []).map((point) => ({ x: point[x], y: point.value })),
   }));
   const seed = `, seed ${told.spec.seeds[0]}`;
+  const scored = told.arms.map((arm, index) => ({ name: arm.name, colour: index, points: [{ x: 100 * arm.share, y: arm.macro_f1.mean }] }))
+    .filter((_, index) => told.arms[index].share != null);
+  const bounds = scored.length > 1 ? {} : { floor: 0, ceiling: 1 };
   const drawn = [
-    chart("Macro-F1 on the test set", told.arms.filter((arm) => arm.share != null).map((arm, index) => ({
-      name: arm.name, colour: index, points: [{ x: 100 * arm.share, y: arm.macro_f1.mean }],
-    })), { unit: "% of the rows trained on", format: percent, tick: (value) => percent(value, 0) }),
+    chart("Macro-F1 on the test set", scored, { ...share, floor: null, ceiling: null, ...bounds, unit: "% trained on" }),
     chart("Selected share", lines("ratio", "step"), { ...share, note: seed }),
     chart("Validation macro-F1", lines("validation_macro_f1", "epoch", { dots: true }), { ...share, unit: "epoch", note: seed }),
     chart("Validation loss", lines("validation_loss", "step", { dots: true }), { note: seed }),

@@ -249,7 +249,7 @@ def test_a_job_shows_what_happens_to_it_while_it_happens(page: Browser, tmp_path
     page.see("70.1 % [65.0, 75.0]", ".scores")
     page.see("88.0 % [80.0, 93.0]", ".scores")
     page.see("Finished.", ".events")
-    assert page.count(".actions button") == 1
+    assert page.count("main > .actions button") == 1
 
 
 @needs_browser
