@@ -150,6 +150,8 @@ class Settings(BaseSettings):
     """How long a dry run waits for a worker that tries the teacher on a few rows; 0: dry runs only estimate."""
     threads: int | None = None
     """CPU threads of a worker's models; null leaves the choice to torch."""
+    processes: int | None = Field(None, ge=1)
+    """Processes of a worker that train one job together; null: one for each GPU, of which each has one at most. 1 without."""
 
     webhook_allow_private: bool = False
     """Whether webhooks may go to private, loopback, link-local and reserved addresses."""

@@ -605,6 +605,9 @@ class Training(Options):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: mixed precision in training and selection, about twice as fast on hardware that has it; scores are always
     computed in fp32."""
+    gradient_accumulation: Annotated[int, Field(ge=1, le=4096)] = 1
+    """In how many parts the rows of a step go through a model. Gradients add up over the parts, so that the step stays the
+    same but for rounding and the draws of dropout; each part is computed a second time, and only one is in memory."""
     validation_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     """Without a validation set, this share of the pseudo-labeled rows is held back to choose the checkpoint."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None

@@ -30,6 +30,7 @@ from workers.training.data import Tokens, tokenise
 from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
 from workers.training.evaluation import Answers, Scores, calibrate, evaluate, predict_probabilities
+from workers.training.processes import how_many, together
 from workers.training.run import HeldOut, Pool, Run, begin
 from workers.training.splits import Splits, choose, exact_groups, near_groups
 
@@ -161,12 +162,11 @@ def run_job(job: Job, report: Reporter) -> None:
             feedback_rows, report.confirm,
         )  # fmt: skip
 
-    distill(
-        run, pool, held_out, material.labels, material.spec.method, material.spec.training, report,
-        save=save,
-        save_every_seconds=settings().resume_every_seconds,
-        on_epoch=write_ledger,
-    )  # fmt: skip
+    work = (run, pool, held_out, material.labels, material.spec.method, material.spec.training, report)
+    with together(how_many(), *work):
+        distill(
+            *work, save=save, save_every_seconds=settings().resume_every_seconds, on_epoch=write_ledger
+        )  # fmt: skip
     report.selection(run.progress.selection())
     try:
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)

@@ -172,3 +172,25 @@ def test_rows_read_by_length_give_the_logits_of_the_whole_batch_in_its_order(mon
         by_length = step.logits_by_length(model, tokens, rows, training)
     assert len(set(tokens.lengths[rows].tolist())) > 2
     torch.testing.assert_close(by_length, together, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_add_up_over_parts_are_those_of_the_whole_for_less_memory() -> None:
+    run, pool = prepared(method(kind="no_selection"), options.Training())[:2]
+    model, rows = run.student.model.eval(), pool.rows[:32]
+    found: dict[int, tuple[list[torch.Tensor], int]] = {}
+    for parts in (1, 4):
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        training = options.Training(gradient_accumulation=parts)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = step.logits_of(model, step.inputs(pool.tokens, rows, model.device), training)
+            loss = torch.nn.functional.cross_entropy(logits, pool.teacher[rows].argmax(dim=1))
+        found[parts] = list(torch.autograd.grad(loss, list(model.parameters()))), kept
+    for whole, added in zip(found[1][0], found[4][0], strict=True):
+        torch.testing.assert_close(added, whole, rtol=1e-3, atol=1e-6)
+    assert found[4][1] < found[1][1] / 4

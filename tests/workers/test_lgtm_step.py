@@ -451,3 +451,20 @@ def test_no_feedback_is_a_step_of_prokt_and_in_meta_mode_one_of_the_student_alon
     before = [parameter.clone() for parameter in of.teacher.parameters()]
     learn_lgtm(of, batch(), None, lgtm(mode="meta"), TRAINING)
     assert all(torch.equal(one, other) for one, other in zip(before, of.teacher.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["official", "weighted", "meta"])
+def test_a_step_in_parts_is_the_step_of_the_whole(mode: str) -> None:
+    steps = {parts: TRAINING.model_copy(update={"gradient_accumulation": parts}) for parts in (1, 3)}
+    pairs = {parts: pair(dropout=0.0) for parts in steps}
+    told = {
+        parts: learn_lgtm(pairs[parts], batch(), feedback(), lgtm(mode=mode), training)
+        for parts, training in steps.items()
+    }
+    assert told[3].figures == pytest.approx(told[1].figures, rel=1e-9)
+    assert told[1].measured is not None
+    assert told[3].measured is not None
+    torch.testing.assert_close(told[3].measured.influence, told[1].measured.influence)
+    for one, other in ((pairs[1].student, pairs[3].student), (pairs[1].teacher, pairs[3].teacher)):
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(theirs, mine, rtol=1e-9, atol=1e-12)

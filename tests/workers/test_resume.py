@@ -84,12 +84,13 @@ class Interrupted(MemoryReporter):
             raise self.error
 
 
-def fresh(method: options.Method) -> tuple[Run, Pool, HeldOut]:
+def fresh(method: options.Method, dropout: float = 0.2) -> tuple[Run, Pool, HeldOut]:
     """Everything a process needs to train, made anew."""
+    wish, teacher_wish = (each.model_copy(update={"dropout": dropout}) for each in (WISH, TEACHER))
     rows, held_out = sentences(ROWS, 1), sentences(15, 2)
     texts = [row["text"] for row in rows]
     source = pretrained.resolve("scratch", purpose="student", roots=[], allow_hub=False)
-    student = build_student(WISH, TOPICS, texts, None, source, seed=0)
+    student = build_student(wish, TOPICS, texts, None, source, seed=0)
     teacher = torch.full((ROWS, 3), 0.0)
     for number, row in enumerate(rows):
         confidence = 0.5 + 0.4 * ((7 * number) % 11) / 10
@@ -103,8 +104,8 @@ def fresh(method: options.Method) -> tuple[Run, Pool, HeldOut]:
     held_out = HeldOut(validation, np.arange(15), gold)
     if not isinstance(method, options.TaughtByEncoder):
         return begin(student, pool, method, TRAINING, 3), pool, held_out
-    teacher_model = build_student(TEACHER, TOPICS, texts, None, source, seed=1)
-    assistant = build_student(TEACHER, TOPICS, texts, None, source, seed=2) if method.kind == "takd" else None
+    teacher_model = build_student(teacher_wish, TOPICS, texts, None, source, seed=1)
+    assistant = build_student(teacher_wish, TOPICS, texts, None, source, seed=2) if method.kind == "takd" else None
     pool = replace(pool, feedback=HeldOut(validation, np.arange(10), gold[:10]))
     return begin(student, pool, method, TRAINING, 3, teacher_model, assistant), pool, held_out
 

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from app.options import OTHER_LEARNING_RATE, Method, Training
 from workers.reporter import Report
-from workers.training.evaluation import agreement, predict_probabilities
+from workers.training import shares
+from workers.training.evaluation import agreement, predict_together
 from workers.training.fixed_teacher import distilled
 from workers.training.run import Companion, Course, HeldOut, Pool, Run
 from workers.training.schedule import learning_rate, set_learning_rate
@@ -50,11 +51,12 @@ def _take(
     companion, rows_offered = run.companions[part], len(pool.rows)
     model = companion.encoder.model
     tokens = pool.teacher_tokens or pool.tokens
+    number = list(run.courses).index(part)
     total_steps = math.ceil(rows_offered / training.batch_size) * course.epochs
     point_every = max(1, total_steps // POINTS_PER_COURSE)
     peak = training.learning_rate or OTHER_LEARNING_RATE
     while course.epoch < course.epochs:
-        order = pool.rows[_permutation(rows_offered, training.seed, course.epoch, list(run.courses).index(part))]
+        order = pool.rows[_permutation(rows_offered, training.seed, course.epoch, number)]
         while course.position < rows_offered:
             report.check()
             batch = order[course.position : course.position + training.batch_size]
@@ -62,6 +64,7 @@ def _take(
             if len(rows):
                 rate = course.learning_rate * learning_rate(course.step, total_steps, training) / peak
                 set_learning_rate(course.optimizer, rate)
+                shares.draw_anew(training.seed, 1 + number, course.step)
                 logits = logits_by_length(model, tokens, rows, training)
                 labels = pool.teacher[rows].argmax(dim=1).to(logits.device)
                 loss = functional.cross_entropy(logits, labels)
@@ -102,7 +105,7 @@ def _score(course: Course, part: str, companion: Companion, held_out: HeldOut, r
 
     model = companion.encoder.model
     tokens = held_out.teacher_tokens or held_out.tokens
-    probabilities = predict_probabilities(model, tokens, held_out.rows, should_stop=should_stop)
+    probabilities = predict_together(model, tokens, held_out.rows, should_stop=should_stop)
     scores = agreement(torch.from_numpy(held_out.gold), probabilities)
     epoch = course.epoch + 1
     report.metrics(course.step, float(epoch), {f"fine_tuning_{name}/{part}": value for name, value in scores.items()})

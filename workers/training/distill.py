@@ -23,9 +23,10 @@ from torch.nn import functional
 from app.options import OTHER_LEARNING_RATE, Method, Training
 from workers.algorithms.selection.rule import Selection, Signals, State
 from workers.reporter import Report, Stopped
+from workers.training import shares
 from workers.training.courses import take_courses
 from workers.training.dml import dml_step
-from workers.training.evaluation import PredictionStopped, agreement, predict_probabilities
+from workers.training.evaluation import PredictionStopped, agreement, predict_together
 from workers.training.fixed_teacher import fixed_teacher_step
 from workers.training.lgtm import lgtm_step
 from workers.training.meta_distill import meta_distill_step
@@ -110,7 +111,7 @@ def distill(
                 if rule.needs_student and offered.any():
                     asked = rows[offered.numpy()]
                     # A large batch takes long: a stop is noticed within it, and leaves the run as it was before the step.
-                    student_view[offered] = predict_probabilities(
+                    student_view[offered] = predict_together(
                         model, pool.tokens, asked, bf16=bf16, should_stop=_asking(report)
                     )
 
@@ -124,6 +125,7 @@ def distill(
                         set_learning_rate(companion.optimizer, companion.learning_rate * rate / peak)
                     chosen = rows[selection.mask.numpy()]
                     lesson = Lesson(chosen, teacher[selection.mask], selection, rule, progress.step)
+                    shares.draw_anew(training.seed, 0, progress.step)
                     learned = learn(run, pool, method, training, lesson)
                     progress.interval.loss += learned.loss
                     progress.interval.steps += 1
@@ -157,7 +159,7 @@ def distill(
 
 
 def _asking(report: Report) -> Callable[[], bool]:
-    """The report's question for predict_probabilities; Stopped and LeaseLost leave as they are."""
+    """The report's question for predict_together; Stopped and LeaseLost leave as they are."""
 
     def should_stop() -> bool:
         report.check()
@@ -242,13 +244,13 @@ def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
 
     should_stop = _asking(report)
     progress, model = run.progress, run.student.model
-    probabilities = predict_probabilities(model, held_out.tokens, held_out.rows, should_stop=should_stop)
+    probabilities = predict_together(model, held_out.tokens, held_out.rows, should_stop=should_stop)
     gold = torch.from_numpy(held_out.gold)
     scores = {f"validation_{name}": value for name, value in agreement(gold, probabilities).items()}
     figures: dict[str, float | None] = {**scores, "validation_loss": _cross_entropy(gold, probabilities)}
     if (companion := run.companions.get("teacher")) is not None and companion.learns:
         tokens = held_out.teacher_tokens or held_out.tokens
-        probabilities = predict_probabilities(companion.encoder.model, tokens, held_out.rows, should_stop=should_stop)
+        probabilities = predict_together(companion.encoder.model, tokens, held_out.rows, should_stop=should_stop)
         figures |= {f"encoder_teacher_{name}": value for name, value in agreement(gold, probabilities).items()}
     count = progress.counts[-1]
     epoch = progress.epoch + 1

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import RobertaForSequenceClassification
 
 from workers.algorithms import abstention, metrics
+from workers.training import shares
 from workers.training.data import Rows, Tokens, length_sorted_batches
 
 # A batch that fits in the second-level cache is fastest on a CPU (measured: docs/experiments.md); a GPU wants it full.
@@ -198,6 +199,12 @@ def predict_probabilities(
     finally:
         model.train(training)
     return probabilities.cpu()
+
+
+def predict_together(model: RobertaForSequenceClassification, tokens: Tokens, rows: Rows, **options: Any) -> Tensor:
+    """predict_probabilities of one row or more, each process of the training for its share of them; all call it."""
+    mine = predict_probabilities(model, tokens, rows[shares.own(len(rows))], **options)
+    return shares.gather(mine.to(model.device), len(rows)).cpu()
 
 
 def _forward(model: RobertaForSequenceClassification, tokens: Tokens, rows: Rows, device: torch.device) -> Tensor:

@@ -26,8 +26,8 @@ from workers.training.step import (
     Pair,
     backward_and_step,
     evaluating,
-    in_precision,
     logits_of,
+    outputs_of,
 )
 
 
@@ -126,14 +126,12 @@ _LOSSES: dict[str, Callable[[Pair, Batch, TeacherFirst, Training], Tensor]] = {
 """Of the kinds whose loss is their own."""
 
 
-def _with_states(model: nn.Module, arguments: Inputs, training: Training) -> tuple[Tensor, list[Tensor]]:
+def _with_states(model: nn.Module, arguments: Inputs, training: Training) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(B, C) logits, and (B, H) states of the first token: of the embeddings, then of every layer."""
-    states: list[Tensor] = []
 
-    def forward() -> Tensor:
-        output = model(**arguments, output_hidden_states=True)
-        states.extend(state[:, 0].float() for state in output.hidden_states)
-        logits: Tensor = output.logits
-        return logits
+    def forward(part: Inputs) -> tuple[Tensor, ...]:
+        output = model(**part, output_hidden_states=True)
+        return output.logits, *(state[:, 0] for state in output.hidden_states)
 
-    return in_precision(forward, next(iter(arguments.values())).device, training), states
+    logits, *states = outputs_of(forward, arguments, training)
+    return logits, tuple(states)

@@ -25,6 +25,7 @@ from workers.algorithms import influence as influences
 from workers.algorithms.distillation import LOSSES
 from workers.algorithms.influence import Difference, Tangent, Weights
 from workers.algorithms.virtual_step import virtual_step
+from workers.training import shares
 from workers.training.run import Measured, Pool, Run
 from workers.training.step import (
     Batch,
@@ -36,8 +37,9 @@ from workers.training.step import (
     backward_and_step,
     evaluating,
     feedback_batch,
-    in_precision,
     logits_of,
+    outputs_of,
+    own_inputs,
     student_loss,
 )
 
@@ -92,7 +94,7 @@ def feedback_gradient(
     """v by parameter name, taken at the pilot student, and the feedback loss there. Keeps the graph of `student_logits`."""
     parameters = list(pair.student.parameters())
     pilot_loss = student_loss(teacher_logits.detach(), student_logits, batch.labels, method)
-    slopes = torch.autograd.grad(pilot_loss, parameters, retain_graph=True)
+    slopes = shares.add_up(torch.autograd.grad(pilot_loss, parameters, retain_graph=True))
     shrink = (training.max_grad_norm / (torch.nn.utils.get_total_norm(slopes) + 1e-6)).clamp(
         max=1.0
     )  # as clip_grad_norm_
@@ -101,24 +103,27 @@ def feedback_gradient(
     weights = {name: pilot[parameter].requires_grad_() for name, parameter in pair.student.named_parameters()}
 
     arguments, labels = feedback
-    logits = in_precision(lambda: functional_call(pair.student, weights, (), arguments).logits, labels.device, training)
+    (logits,) = outputs_of(lambda part: (functional_call(pair.student, weights, (), part).logits,), arguments, training)
     loss = functional.cross_entropy(logits, labels)
-    direction = torch.autograd.grad(loss, list(weights.values()))
+    direction = shares.add_up(torch.autograd.grad(loss, list(weights.values())))
     return dict(zip(weights, direction, strict=True)), loss.item()
 
 
 def along_direction(pair: Pair, batch: Batch, direction: Weights, method: TaughtByInfluence) -> Tangent | Difference:
     """How the student's logits on the batch change as its weights move along v; always in float32."""
     weights = {name: parameter.detach() for name, parameter in pair.student.named_parameters()}
+    mine, rows = own_inputs(batch.student), len(batch.labels)
 
     def forward(moved: Weights) -> Tensor:
-        logits: Tensor = functional_call(pair.student, dict(moved), (), batch.student).logits
+        logits: Tensor = functional_call(pair.student, dict(moved), (), mine).logits
         return logits
 
     with nullcontext() if method.influence_dropout else evaluating(pair.student):
         if method.influence == "exact":
-            return influences.exact(forward, weights, direction)
-        return influences.finite_difference(forward, weights, direction, method.finite_difference_radius)
+            along = influences.exact(forward, weights, direction)
+            return Tangent(shares.gather(along.logits, rows), shares.gather(along.velocity, rows))
+        apart = influences.finite_difference(forward, weights, direction, method.finite_difference_radius)
+        return Difference(shares.gather(apart.ahead, rows), shares.gather(apart.behind, rows), apart.width)
 
 
 def teacher_loss(

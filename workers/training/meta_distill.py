@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from app.options import MetaDistill, Method, Training
 from workers.algorithms import influence
-from workers.algorithms.influence import Weights
+from workers.algorithms.influence import Tangent, Weights
+from workers.training import shares
 from workers.training.fixed_teacher import distance_loss, distilled, mixed
 from workers.training.run import Pool, Run
 from workers.training.step import (
@@ -29,8 +30,10 @@ from workers.training.step import (
     Pair,
     backward_and_step,
     feedback_batch,
-    in_precision,
     logits_of,
+    outputs_of,
+    own_inputs,
+    without_dropout,
 )
 
 
@@ -48,8 +51,10 @@ def learn_meta_distill(
     pair: Pair, batch: Batch, feedback: tuple[Inputs, Tensor], method: MetaDistill, training: Training
 ) -> Learned:
     """The teacher's step, then the student's."""
-    teacher_loss, feedback_loss = meta_loss(pair, batch, feedback, method, training)
-    backward_and_step(pair.teacher, pair.teacher_optimizer, teacher_loss, training)
+    # So that pilot and derivative are of one function.
+    with without_dropout(pair.teacher, pair.student):
+        teacher_loss, feedback_loss = meta_loss(pair, batch, feedback, method, training)
+        backward_and_step(pair.teacher, pair.teacher_optimizer, teacher_loss, training)
     loss = distance_loss(pair, batch, method, training)
     backward_and_step(pair.student, pair.student_optimizer, loss, training)
     return Learned(loss.item(), {"teacher_loss": teacher_loss.item(), "feedback_loss": feedback_loss})
@@ -60,37 +65,30 @@ def meta_loss(
 ) -> tuple[Tensor, float]:
     """A scalar whose gradient in the teacher is, divided by η, that of the feedback loss at the pilot student; and that loss.
 
-    Divided, since η is of the size that AdamW's eps would swallow; to its step the scale is all one. Both models without
-    dropout, so that pilot and derivative are of one function.
+    Divided, since η is of the size that AdamW's eps would swallow; to its step the scale is all one. Both models are to be
+    without dropout.
     """
-    trained = [model.training for model in (pair.teacher, pair.student)]
-    pair.teacher.eval()
-    pair.student.eval()
-    try:
-        said = logits_of(pair.teacher, batch.teacher, training)
-        logits = logits_of(pair.student, batch.student, training)
-        parameters = dict(pair.student.named_parameters())
-        pilot_loss = mixed(distilled(said.detach(), logits, method).mean(), logits, batch.labels, method)
-        slopes = torch.autograd.grad(pilot_loss, list(parameters.values()))
-        rate = method.pilot_learning_rate or pair.student_optimizer.param_groups[0]["lr"]
-        moved = torch._foreach_add([tensor.detach() for tensor in parameters.values()], slopes, alpha=-rate)
-        pilot = {name: tensor.requires_grad_() for name, tensor in zip(parameters, moved, strict=True)}
+    said = logits_of(pair.teacher, batch.teacher, training)
+    logits = logits_of(pair.student, batch.student, training)
+    parameters = dict(pair.student.named_parameters())
+    pilot_loss = mixed(distilled(said.detach(), logits, method).mean(), logits, batch.labels, method)
+    slopes = shares.add_up(torch.autograd.grad(pilot_loss, list(parameters.values())))
+    rate = method.pilot_learning_rate or pair.student_optimizer.param_groups[0]["lr"]
+    moved = torch._foreach_add([tensor.detach() for tensor in parameters.values()], slopes, alpha=-rate)
+    pilot = {name: tensor.requires_grad_() for name, tensor in zip(parameters, moved, strict=True)}
 
-        arguments, labels = feedback
-        answers = in_precision(
-            lambda: functional_call(pair.student, pilot, (), arguments).logits, labels.device, training
-        )
-        feedback_loss = functional.cross_entropy(answers, labels)
-        direction = torch.autograd.grad(feedback_loss, list(pilot.values()))
+    arguments, labels = feedback
+    (answers,) = outputs_of(lambda part: (functional_call(pair.student, pilot, (), part).logits,), arguments, training)
+    feedback_loss = functional.cross_entropy(answers, labels)
+    direction = shares.add_up(torch.autograd.grad(feedback_loss, list(pilot.values())))
+    mine, rows = own_inputs(batch.student), len(batch.labels)
 
-        def forward(weights: Weights) -> Tensor:
-            result: Tensor = functional_call(pair.student, dict(weights), (), batch.student).logits
-            return result
+    def forward(weights: Weights) -> Tensor:
+        result: Tensor = functional_call(pair.student, dict(weights), (), mine).logits
+        return result
 
-        here = {name: tensor.detach() for name, tensor in parameters.items()}
-        along = influence.exact(forward, here, dict(zip(parameters, direction, strict=True)))
-        gains = along.derivative(lambda student: distilled(said, student, method))
-        return -method.distillation_share * gains.mean(), feedback_loss.item()
-    finally:
-        for model, before in zip((pair.teacher, pair.student), trained, strict=True):
-            model.train(before)
+    here = {name: tensor.detach() for name, tensor in parameters.items()}
+    share = influence.exact(forward, here, dict(zip(parameters, direction, strict=True)))
+    along = Tangent(shares.gather(share.logits, rows), shares.gather(share.velocity, rows))
+    gains = along.derivative(lambda student: distilled(said, student, method))
+    return -method.distillation_share * gains.mean(), feedback_loss.item()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -10,7 +9,7 @@ from app.options import PESFKD, Method, Training
 from workers.algorithms.distillation import kl
 from workers.training.fixed_teacher import factor, mixed
 from workers.training.run import Pool, Run
-from workers.training.step import Batch, Learned, Lesson, Pair, evaluating, in_precision, logits_of
+from workers.training.step import Batch, Inputs, Learned, Lesson, Pair, clip_and_step, evaluating, logits_of, outputs_of
 
 
 def pesf_kd_step(run: Run, pool: Pool, method: Method, training: Training, lesson: Lesson) -> Learned:
@@ -26,27 +25,24 @@ def learn_pesf_kd(pair: Pair, batch: Batch, method: PESFKD, training: Training) 
     """
     with evaluating(pair.teacher):
         said, pooled = _said(pair, batch, training)
-    adapted = said + pair.teacher.adapter(pooled).to(said.dtype)  # type: ignore[operator]
+    (added,) = outputs_of(lambda part: (pair.teacher.adapter(part["pooled"]),), {"pooled": pooled}, training)  # type: ignore[operator]
+    adapted = said + added.to(said.dtype)
     logits = logits_of(pair.student, batch.student, training)
     soft = factor(method) * kl(adapted, logits, method.temperature).mean()
     loss = mixed(soft, logits, batch.labels, method)
     teacher_loss = (1 - method.distillation_share) * functional.cross_entropy(adapted, batch.labels)
     (loss + teacher_loss).backward()
     for model, optimizer in ((pair.teacher, pair.teacher_optimizer), (pair.student, pair.student_optimizer)):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        clip_and_step(model, optimizer, training)
     return Learned(loss.item(), {"teacher_loss": teacher_loss.item()})
 
 
 def _said(pair: Pair, batch: Batch, training: Training) -> tuple[Tensor, Tensor]:
     """(B, C) the teacher's logits without its adapter, and (B, H) its last state of the first token."""
-    states: list[Tensor] = []
 
-    def forward() -> Tensor:
-        output = pair.teacher(**batch.teacher, output_hidden_states=True)
-        states.append(output.hidden_states[-1][:, 0])
-        logits: Tensor = output.logits
-        return logits
+    def forward(part: Inputs) -> tuple[Tensor, ...]:
+        output = pair.teacher(**part, output_hidden_states=True)
+        return output.logits, output.hidden_states[-1][:, 0]
 
-    return in_precision(forward, batch.labels.device, training), states[0]
+    said, pooled = outputs_of(forward, batch.teacher, training)
+    return said, pooled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from app.options import ByDistance, Method, TaughtTogether, Training
 from workers.algorithms.distillation import LOSSES
 from workers.algorithms.selection.rule import Selection
+from workers.training import shares
 from workers.training.data import Tokens, length_sorted_batches
 from workers.training.run import HeldOut, Measured, Pool, Run
 
@@ -24,6 +27,8 @@ TRAIN_TOKENS_PER_BATCH = {"cpu": 384, "cuda": 65_536}
 than the further passes do; a GPU wants it full. `python -m benchmarks.epoch_cost` times the loop beside the Trainer's."""
 Inputs = dict[str, Tensor]
 """A model's arguments for a batch."""
+Forward = Callable[[Inputs], tuple[Tensor, ...]]
+"""Arguments of B rows -> results (B, …), each row's of its own arguments alone."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,29 @@ def inputs(tokens: Tokens, rows: NDArray[np.int64], device: torch.device) -> Inp
 
 def logits_of(model: nn.Module, arguments: Inputs, training: Training) -> Tensor:
     """(B, C) logits in float32 at least, computed in the precision of the training."""
-    return in_precision(lambda: model(**arguments).logits, next(iter(arguments.values())).device, training)
+    return outputs_of(lambda part: (model(**part).logits,), arguments, training)[0]
+
+
+def outputs_of(forward: Forward, arguments: Inputs, training: Training) -> tuple[Tensor, ...]:
+    """What `forward` gives for each of B rows, (B, …) each: this process computes its share, in the parts it is asked for."""
+    rows = len(next(iter(arguments.values())))
+    mine = own_inputs(arguments)
+    parts = [mine]
+    if training.gradient_accumulation > 1:
+        chunks = [tensor.chunk(training.gradient_accumulation) for tensor in mine.values()]
+        parts = [dict(zip(mine, part, strict=True)) for part in zip(*chunks, strict=True)]
+    computed = [in_precision(forward, part, training) for part in parts]
+    return tuple(
+        shares.gather(torch.cat(each) if len(each) > 1 else each[0], rows) for each in zip(*computed, strict=True)
+    )
+
+
+def own_inputs(arguments: Inputs) -> Inputs:
+    """This process's share of the rows of a batch."""
+    if shares.processes() == 1:
+        return arguments
+    places = torch.from_numpy(shares.own(len(next(iter(arguments.values())))))
+    return {name: tensor[places.to(tensor.device)] for name, tensor in arguments.items()}
 
 
 def logits_by_length(model: Any, tokens: Tokens, rows: NDArray[np.int64], training: Training) -> Tensor:
@@ -104,18 +131,36 @@ def logits_by_length(model: Any, tokens: Tokens, rows: NDArray[np.int64], traini
 
     The loss is that of the whole batch; only which rows share a forward pass depends on their lengths.
     """
-    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    mine = rows[shares.own(len(rows))]
+    lengths = tokens.offsets[mine + 1] - tokens.offsets[mine]
     budget = TRAIN_TOKENS_PER_BATCH[model.device.type]
-    parts = length_sorted_batches(lengths, np.arange(len(rows)), budget)
-    logits = [logits_of(model, inputs(tokens, rows[part], model.device), training) for part in parts]
-    return torch.cat(logits)[np.argsort(np.concatenate(parts))]
+    if training.gradient_accumulation > 1:
+        budget = min(budget, math.ceil(int(lengths.sum()) / training.gradient_accumulation))
+    parts = length_sorted_batches(lengths, np.arange(len(mine)), budget)
+    logits = [
+        in_precision(lambda part: (model(**part).logits,), inputs(tokens, mine[part], model.device), training)[0]
+        for part in parts
+    ]
+    return shares.gather(torch.cat(logits)[np.argsort(np.concatenate(parts))], len(rows))
 
 
-def in_precision(forward: Callable[[], Tensor], device: torch.device, training: Training) -> Tensor:
-    """What `forward` gives under the autocast of the training, in float32 at least."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-        logits = forward()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def in_precision(forward: Forward, part: Inputs, training: Training) -> tuple[Tensor, ...]:
+    """What `forward` gives under the autocast of the training, in float32 at least.
+
+    With gradient accumulation, a part is computed again when its gradient is asked for, and keeps nothing until then: the
+    backward pass takes one part after the other, whatever the loss does with the rows.
+    """
+
+    def compute(arguments: Inputs) -> tuple[Tensor, ...]:
+        device = next(iter(arguments.values())).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            outputs = forward(arguments)
+        return tuple(output.to(torch.promote_types(output.dtype, torch.float32)) for output in outputs)
+
+    if training.gradient_accumulation > 1 and torch.is_grad_enabled():
+        outputs: tuple[Tensor, ...] = checkpoint(compute, part, use_reentrant=False)
+        return outputs
+    return compute(part)
 
 
 def student_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, method: ByDistance) -> Tensor:
@@ -133,8 +178,14 @@ def auxiliary_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tenso
 
 
 def backward_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, training: Training) -> None:
-    """One step of the optimizer on the loss, its gradient clipped; no gradients are left."""
+    """One step of the optimizer on the loss of the whole batch, its gradient clipped; no gradients are left."""
     loss.backward()
+    clip_and_step(model, optimizer, training)
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training) -> None:
+    """One step of the optimizer along the gradients of all processes, clipped; none are left."""
+    shares.add_up_gradients(model.parameters())
     torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -143,13 +194,21 @@ def backward_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and no gradients, and afterwards as before."""
-    before = model.training
-    model.eval()
+    with without_dropout(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def without_dropout(*models: nn.Module) -> Iterator[None]:
+    """Dropout off, and afterwards as before."""
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        model.train(before)
+        for model, trained in zip(models, before, strict=True):
+            model.train(trained)
 
 
 def feedback_batch(feedback: HeldOut, size: int, number: int, seed: int, device: torch.device) -> tuple[Inputs, Tensor]:
