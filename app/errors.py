@@ -26,7 +26,8 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 
 log = structlog.get_logger()
@@ -320,8 +321,10 @@ def install(app: FastAPI) -> None:
         return problem_response(request, problem)
 
     @app.exception_handler(OperationalError)
-    def _database_away(request: Request, error: OperationalError) -> JSONResponse:
-        log.error("database_unreachable", error=str(error.orig))
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(NoConnectionFree)
+    def _database_away(request: Request, error: Exception) -> JSONResponse:
+        log.error("database_unreachable", error=str(getattr(error, "orig", error)))
         return problem_response(request, Unavailable("The database is not reachable just now; try again shortly."))
 
 

@@ -6,10 +6,11 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import event, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from app.errors import KeyEnded
@@ -22,6 +23,12 @@ GRACE_HOURS = 24
 LONGEST_GRACE_HOURS = 24 * 30
 USED_EVERY = timedelta(minutes=1)
 """`last_used_at` is written no more often than this."""
+KNOWN_SECONDS = 2.0
+"""How long a process goes by what it last read of a key. What another process changes takes effect within this time."""
+MOST_KNOWN = 10_000
+
+_known: dict[bytes, tuple[float, ApiKey]] = {}
+"""By hash: when a key was read, and its row."""
 
 
 def hash_of(key: str) -> bytes:
@@ -72,6 +79,30 @@ def authenticate(session: Session, key: str) -> ApiKey | None:
     return row
 
 
+def known(key: str) -> ApiKey | None:
+    """The row of a working key that this process has just read; None: ask the database."""
+    read_at, row = _known.get(hash_of(key), (-KNOWN_SECONDS, None))
+    if row is None or time.monotonic() - read_at >= KNOWN_SECONDS or has_ended(row):
+        return None
+    return row
+
+
+def remember(row: ApiKey) -> None:
+    """Go by this row for KNOWN_SECONDS. It must be detached from its session."""
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    _known[row.hash] = time.monotonic(), row
+
+
+def forget() -> None:
+    """Read every key anew when it is next shown."""
+    _known.clear()
+
+
+def _forget_after_commit(session: Session) -> None:
+    event.listen(session, "after_commit", lambda _: forget(), once=True)
+
+
 def _note_use(session: Session, key_id: str) -> None:
     # Requests of one key come side by side: one that finds the row locked has nothing to add.
     free = select(ApiKey.id).where(ApiKey.id == key_id).with_for_update(skip_locked=True)
@@ -114,6 +145,7 @@ def rotate(session: Session, row: ApiKey, *, grace_hours: float = GRACE_HOURS) -
     made, key = create(session, row.tenant, row.name, scope=row.scope, limits=row.limits)
     if lifetime is not None:
         made.expires_at = now() + lifetime
+    _forget_after_commit(session)
     until = now() + timedelta(hours=grace_hours)
     row.expires_at = until if row.expires_at is None else min(row.expires_at, until)
     session.flush()
@@ -122,6 +154,7 @@ def rotate(session: Session, row: ApiKey, *, grace_hours: float = GRACE_HOURS) -
 
 def revoke(session: Session, key_id: str) -> bool:
     """End a key. False when there is none of that id that could be ended."""
+    _forget_after_commit(session)
     moved = session.execute(
         update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=now())
     )

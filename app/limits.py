@@ -1,7 +1,8 @@
 """How much one key, or its tenant, may ask: requests a minute, uploads at once, stored bytes, unfinished jobs.
 
 The settings say what is usual, a key's row what differs. Requests are counted per key, in Redis where that is the
-broker; a Redis that is away lets them through. Everything else is counted per tenant, so that more keys give no more
+broker; a Redis that is away lets them through. A process counts a hundredth of the limit at a time, so that not every
+request has to ask. Everything else is counted per tenant, so that more keys give no more
 room: uploads in this process, bytes and jobs in the database under a lock of the tenant, so that nobody slips past.
 """
 
@@ -37,6 +38,11 @@ TENANT_LOCK = 0x6C696D69
 """Of PostgreSQL's advisory locks; the second half of the number is the tenant's hash."""
 COUNTER_SECONDS = 0.25
 """How long a request waits for Redis to count it."""
+AHEAD = 0.01
+"""How much of a key's limit a process counts in advance."""
+AHEAD_SECONDS = 60.0
+"""How long that holds; what is left of it then was counted in vain."""
+MOST_COUNTED = 10_000
 AWAY_SECONDS = 5.0
 """How long a Redis that did not answer is left alone."""
 
@@ -73,29 +79,61 @@ def _counter(url: str) -> SlidingWindowCounterRateLimiter:
 
 
 _away_until = 0.0
+_counted: dict[str, tuple[int, float]] = {}
+"""By key: how many requests to come are counted already, and until when that holds."""
+_counting = threading.Lock()
+_asking = threading.Lock()
+"""One request at a time asks, so that of many that come together the first counts for the others."""
+
+
+def is_counted(key: ApiKey) -> bool:
+    """Whether a request of the key may pass as it is: counted beforehand, or there is nothing to count it by."""
+    if limit_of(key, "max_requests_per_minute") is None or time.monotonic() < _away_until:
+        return True
+    with _counting:
+        left, until = _counted.get(key.id, (0, 0.0))
+        if not left or time.monotonic() > until:
+            return False
+        _counted[key.id] = left - 1, until
+        return True
 
 
 def count_request(key: ApiKey) -> None:
-    """Count a request of the key. Raises RateLimited. Where the counter is away, the request is let through."""
+    """Count a request of the key, and with it up to AHEAD of the limit in advance.
+
+    Raises RateLimited. Where the counter is away, the request is let through.
+    """
     global _away_until
-    most = limit_of(key, "max_requests_per_minute")
-    if most is None or time.monotonic() < _away_until:
-        return
-    item = RateLimitItemPerMinute(most)
-    try:
-        counter = _counter(settings().redis_url)
-        if counter.hit(item, key.id):
+    with _asking:
+        most = limit_of(key, "max_requests_per_minute")
+        if most is None or is_counted(key):
             return
-        wait = counter.get_window_stats(item, key.id).reset_time - time.time()
-    except (RedisError, OSError) as error:
-        _away_until = time.monotonic() + AWAY_SECONDS
-        log.warning("requests_not_counted", error=type(error).__name__, seconds=AWAY_SECONDS)
-        return
+        item = RateLimitItemPerMinute(most)
+        ahead = int(most * AHEAD)
+        try:
+            counter = _counter(settings().redis_url)
+            if ahead and counter.hit(item, key.id, cost=ahead + 1):
+                _count_ahead(key, ahead)
+                return
+            if counter.hit(item, key.id):
+                return
+            wait = counter.get_window_stats(item, key.id).reset_time - time.time()
+        except (RedisError, OSError) as error:
+            _away_until = time.monotonic() + AWAY_SECONDS
+            log.warning("requests_not_counted", error=type(error).__name__, seconds=AWAY_SECONDS)
+            return
     wait_seconds = min(60, max(1, ceil(wait)))
     raise RateLimited(
         f"This key has made {most:,} requests within a minute, the most it may; try again in {wait_seconds} s.",
         retry_after=wait_seconds,
     )
+
+
+def _count_ahead(key: ApiKey, requests: int) -> None:
+    with _counting:
+        if len(_counted) >= MOST_COUNTED:
+            _counted.clear()
+        _counted[key.id] = requests, time.monotonic() + AHEAD_SECONDS
 
 
 # --- uploads at once ------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app import retention
-from app.api.datasets import UploadingKeyDep
-from app.api.deps import PageDep, SessionDep, StorageDep, TenantDep, needs, newest_first, owned, problems
+from app.api.deps import KeyDep, PageDep, SessionDep, StorageDep, TenantDep, needs, newest_first, owned, problems
 from app.api.schemas import CheckpointRead, PageRead, Read
 from app.db import session_scope
 from app.errors import (
@@ -126,9 +125,7 @@ class PredictionsRead(Read):
     openapi_extra=needs("read"),
     responses=problems(BadRequest, Unauthorized, NotFound, TooLarge, UnsupportedMedia, Unprocessable, Unavailable),
 )
-async def predict(
-    checkpoint_id: str, body: PredictRequest, storage: StorageDep, key: UploadingKeyDep
-) -> PredictionsRead:
+async def predict(checkpoint_id: str, body: PredictRequest, storage: StorageDep, key: KeyDep) -> PredictionsRead:
     """Classify a few texts with a checkpoint, here and now; for many, download it."""
     # Threads of their own, so that however many predictions wait, every other request is served.
     if not WAITING.acquire(blocking=False):

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.security import HTTPAuthorizationCredentials
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -20,13 +19,12 @@ from starlette.concurrency import run_in_threadpool
 from app import limits, records, retention
 from app.api.deps import (
     IdempotencyDep,
+    KeyDep,
     PageDep,
     SessionDep,
     SettingsDep,
     StorageDep,
     TenantDep,
-    authenticate,
-    bearer,
     idempotent,
     is_replay,
     newest_first,
@@ -104,20 +102,7 @@ class RowsPage(Read):
     """Send it as `after` for the next page."""
 
 
-def uploading_key(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> ApiKey:
-    """The caller's key, looked up in a transaction of its own: none may stay open while a file streams in."""
-    with session_scope() as session:
-        key = authenticate(request, session, credentials)
-        session.expunge(key)
-        return key
-
-
-UploadingKeyDep = Annotated[ApiKey, Depends(uploading_key)]
-
-
-def key_with_room(request: Request, key: UploadingKeyDep) -> ApiKey:
+def key_with_room(request: Request, key: KeyDep) -> ApiKey:
     """The caller's key. Raises StorageFull at once where the file is told to be larger than the room that is left."""
     length = request.headers.get("content-length", "")
     told = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -14,11 +16,12 @@ from pydantic import BaseModel
 from sqlalchemy import Select, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from app import keys, limits
 from app.api.schemas import ProblemRead
 from app.config import Settings, settings
-from app.db import get_session
+from app.db import READERS, Result, get_session, read, session_scope
 from app.errors import Forbidden, KeyReused, NotFound, Problem, RequestInFlight, Unauthorized
 from app.models import ApiKey, Base, IdempotencyKey, now
 from app.storage import Storage, storage
@@ -26,8 +29,21 @@ from app.storage import Storage, storage
 Row = TypeVar("Row", bound=Base)
 
 SessionDep = Annotated[Session, Depends(get_session, scope="function")]
-StorageDep = Annotated[Storage, Depends(storage)]
-SettingsDep = Annotated[Settings, Depends(settings)]
+
+
+# What does not wait is a coroutine: FastAPI would take a thread for a plain function, and a thread costs more than these.
+async def current_storage() -> Storage:
+    """The storage the settings name."""
+    return storage()
+
+
+async def current_settings() -> Settings:
+    """The settings of this process."""
+    return settings()
+
+
+StorageDep = Annotated[Storage, Depends(current_storage)]
+SettingsDep = Annotated[Settings, Depends(current_settings)]
 
 bearer = HTTPBearer(auto_error=False, description="An API key, made by `understudy keys create`.")
 
@@ -44,39 +60,55 @@ def scope_needed(method: str, route: Any) -> str:
     return str(extra.get("x-scope", usual))
 
 
-def authenticate(request: Request, session: Session, credentials: HTTPAuthorizationCredentials | None) -> ApiKey:
-    """The caller's key, counted and found wide enough. Raises Unauthorized, RateLimited and Forbidden."""
+async def current_key(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> ApiKey:
+    """The caller's key, counted and found wide enough. Raises Unauthorized, RateLimited and Forbidden.
+
+    It is looked up in a transaction of its own, for none may stay open while a file streams in, or while the request
+    waits for a thread. A key that was just looked up, and a request that was counted beforehand, wait for nobody.
+    """
     if credentials is None:
         raise Unauthorized
-    key = keys.authenticate(session, credentials.credentials)
+    key = keys.known(credentials.credentials)
     if key is None:
-        raise Unauthorized("This API key is not known, or has expired or been revoked.")
+        key = await run_in_threadpool(_look_up, credentials.credentials)
     request.state.key_id, request.state.tenant = key.id, key.tenant
-    limits.count_request(key)
+    if not limits.is_counted(key):
+        await run_in_threadpool(limits.count_request, key)
     needed = scope_needed(request.method, request.scope.get("route"))
     if not keys.includes(key.scope, needed):
         raise Forbidden(f"This needs a key of scope {needed}; this one's is {key.scope}.", needed_scope=needed)
     return key
 
 
-def current_key(
-    request: Request,
-    session: SessionDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
-) -> ApiKey:
-    """The caller's key. Raises Unauthorized, RateLimited and Forbidden."""
-    return authenticate(request, session, credentials)
+def _look_up(shown: str) -> ApiKey:
+    with session_scope() as session:
+        key = keys.authenticate(session, shown)
+        if key is None:
+            raise Unauthorized("This API key is not known, or has expired or been revoked.")
+        session.expunge(key)
+    keys.remember(key)
+    return key
 
 
 KeyDep = Annotated[ApiKey, Depends(current_key)]
 
 
-def current_tenant(key: KeyDep) -> str:
+async def current_tenant(key: KeyDep) -> str:
     """The tenant whose key this is."""
     return key.tenant
 
 
 TenantDep = Annotated[str, Depends(current_tenant)]
+
+
+_readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+
+
+async def reading(work: Callable[[Session], Result]) -> Result:
+    """What `work` reads, as app.db.read, in threads kept for that: however much else goes on, looking stays possible."""
+    return await asyncio.get_running_loop().run_in_executor(_readers, read, work)
 
 
 def owned(session: Session, model: type[Row], row_id: str, tenant: str) -> Row:
@@ -95,7 +127,7 @@ class Page:
     after: str | None
 
 
-def page(
+async def page(
     limit: Annotated[int, Query(ge=1, le=100, description="How many to return.")] = 20,
     after: Annotated[
         str | None, Query(pattern=r"^[a-z]+_[0-9a-f]{32}$", description="`next` of the page before this one.")

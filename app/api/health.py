@@ -12,12 +12,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.api.schemas import Health
 from app.db import session_scope
-from app.models import JOB_STATUSES, Job
+from app.models import JOB_STATUSES, Job, now
 from app.queue import broker_is_reachable
 
 router = APIRouter(tags=["service"])
 
 JOBS = Gauge("understudy_jobs", "Jobs by status.", ["status"])
+WAIT = Gauge("understudy_longest_wait_seconds", "Age of the oldest job that no worker has begun yet; 0: there is none.")
 
 
 @router.head("/healthz", include_in_schema=False)
@@ -45,7 +46,11 @@ def readyz() -> Any:
 def metrics() -> Response:
     """Figures for Prometheus."""
     with session_scope() as session:
-        counts = dict(row._tuple() for row in session.execute(select(Job.status, func.count()).group_by(Job.status)))
+        by_status = session.execute(select(Job.status, func.count()).group_by(Job.status))
+        counts = {status: count for status, count in by_status}  # noqa: C416 - dict() of rows is untyped
+        not_begun = (Job.status == "queued", Job.started_at.is_(None))
+        oldest = session.scalar(select(func.min(Job.created_at)).where(*not_begun))
+    WAIT.set((now() - oldest).total_seconds() if oldest else 0)
     for status in JOB_STATUSES:
         JOBS.labels(status).set(counts.get(status, 0))
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Header, Query, Request, Response
-from sqlalchemy import false, select
-from sqlalchemy.orm import Session
+from sqlalchemy import bindparam, false, select
+from sqlalchemy.orm import Session, lazyload, load_only
 from sse_starlette import EventSourceResponse
-from starlette.concurrency import run_in_threadpool
 
 from app import estimates, labels, ledger, lifecycle, limits, measurements, preflight, retention
+from app.api import polls
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -27,6 +28,7 @@ from app.api.deps import (
     newest_first,
     owned,
     problems,
+    reading,
     request_hash,
 )
 from app.api.schemas import (
@@ -42,7 +44,6 @@ from app.api.schemas import (
     SeriesPage,
     SeriesRead,
 )
-from app.db import session_scope
 from app.errors import (
     BadRequest,
     Conflict,
@@ -105,7 +106,7 @@ def create_job(
     def start() -> JobRead:
         plan = preflight.check(session, tenant, spec, settings)
         limits.check_jobs(session, key)
-        return JobRead.of(session, lifecycle.submit(session, tenant, plan))
+        return _shown(session, lifecycle.submit(session, tenant, plan).id)
 
     return idempotent(
         session, request, tenant, idempotency_key, request_hash(spec.model_dump(mode="json")), start, status=202,
@@ -123,7 +124,7 @@ def list_jobs(
     method: Annotated[str | None, Query(max_length=64, pattern=r"^\w+$")] = None,
 ) -> dict[str, Any]:
     """The jobs, newest first. `metadata[key]=value` keeps those that carry it."""
-    query = select(Job).where(Job.tenant == tenant)
+    query = select(Job).options(load_only(Job.id), lazyload(Job.phases)).where(Job.tenant == tenant)
     if status is not None:
         query = query.where(Job.status == status)
     if method is not None:
@@ -136,24 +137,28 @@ def list_jobs(
             # No metadata holds a NUL, and PostgreSQL refuses to be asked about one.
             query = query.where(false() if "\x00" in value else Job.metadata_.contains({match[1]: value}))
     found = newest_first(session, query, Job, page)
-    return {**found, "data": [JobRead.of(session, job) for job in found["data"]]}
+    ids = [job.id for job in found["data"]]
+    return {**found, "data": [JobRead.of(shown) for shown in lifecycle.show(session, ids)]}
 
 
 @router.get("/{job_id}", response_model=JobRead, responses=problems(Unauthorized, NotFound))
-def read_job(job_id: str, session: SessionDep, tenant: TenantDep, response: Response) -> JobRead:
+async def read_job(job_id: str, tenant: TenantDep) -> Response:
     """One job: status, progress, selection, scores."""
-    job = owned(session, Job, job_id, tenant)
-    if not lifecycle.is_terminal(job):
-        response.headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    return JobRead.of(session, job)
+    # This is what is asked most by far, so it is written out already: `response_model` would check the answer once more.
+    found = await polls.look(job_id)
+    if found is None or found.tenant != tenant:
+        raise NotFound
+    headers = {} if found.is_terminal else {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return Response(found.body, headers=headers, media_type="application/json")
+
+
+def _shown(session: Session, job_id: str) -> JobRead:
+    return JobRead.of(*lifecycle.show(session, [job_id]))
 
 
 def _move(verb: Any, job_id: str, session: Session, tenant: str) -> JobRead:
-    job = owned(session, Job, job_id, tenant)
-    verb(session, job)
-    session.flush()
-    session.refresh(job)
-    return JobRead.of(session, job)
+    verb(session, owned(session, Job, job_id, tenant))
+    return _shown(session, job_id)
 
 
 MOVE: dict[str, Any] = {
@@ -204,9 +209,8 @@ def delete_job(job_id: str, session: SessionDep, storage: StorageDep, tenant: Te
         **problems(Unauthorized, NotFound, Unprocessable),
     },
 )
-def list_events(
+async def list_events(
     job_id: str,
-    session: SessionDep,
     tenant: TenantDep,
     after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events with a greater seq.")] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 100,
@@ -214,33 +218,43 @@ def list_events(
     last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
 ) -> Any:
     """What happened to the job, as pages, or live with `Accept: text/event-stream`."""
-    job = owned(session, Job, job_id, tenant)
+    await reading(lambda session: owned(session, Job, job_id, tenant))
     if "text/event-stream" in accept:
         start = after if last_event_id is None else last_event_id
-        return EventSourceResponse(_live_events(job.id, start), ping=KEEP_ALIVE_SECONDS)
-    events = _events_after(session, job.id, after, limit + 1)
+        return EventSourceResponse(_live_events(job_id, start), ping=KEEP_ALIVE_SECONDS)
+    events = await reading(lambda session: _events_after(session, job_id, after, limit + 1))
     has_more = len(events) > limit
     shown = events[:limit]
     return {"data": shown, "has_more": has_more, "next": shown[-1].seq if has_more else None}
 
 
+_STATUS = select(Job.status, Job.event_seq).where(Job.id == bindparam("job_id"))
+_EVENTS = (
+    select(JobEvent)
+    .where(JobEvent.job_id == bindparam("job_id"), JobEvent.seq > bindparam("seq"))
+    .order_by(JobEvent.seq)
+    .limit(bindparam("limit"))
+)
+
+
 def _events_after(session: Session, job_id: str, seq: int, limit: int) -> list[JobEvent]:
-    query = select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.seq > seq).order_by(JobEvent.seq).limit(limit)
-    return list(session.scalars(query))
+    return list(session.scalars(_EVENTS, {"job_id": job_id, "seq": seq, "limit": limit}))
 
 
-def _poll(job_id: str, seq: int) -> tuple[list[JobEvent], bool]:
-    """The next events, and whether they are the last. No transaction stays open between two polls."""
-    with session_scope() as session:
-        status = session.scalar(select(Job.status).where(Job.id == job_id))
-        events = _events_after(session, job_id, seq, 100)
-        session.expunge_all()
+def _poll(session: Session, job_id: str, seq: int) -> tuple[list[JobEvent], bool]:
+    """The next events, and whether they are the last. The status is read first: no event comes after one that is final."""
+    found = session.execute(_STATUS, {"job_id": job_id}).one_or_none()
+    if found is None:  # the job was deleted
+        return [], True
+    status, last = found
+    events = _events_after(session, job_id, seq, 100) if last > seq else []
     return events, status in lifecycle.TERMINAL and len(events) < 100
 
 
 async def _live_events(job_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:
+    """The events from `seq` on, as they come. Between two looks it holds no thread and no connection."""
     while True:
-        events, last = await run_in_threadpool(_poll, job_id, seq)
+        events, last = await reading(partial(_poll, job_id=job_id, seq=seq))
         for event in events:
             seq = event.seq
             data = EventRead.model_validate(event).model_dump(mode="json")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from app import comparisons, lifecycle
-from app.models import Comparison, Job
+from app.models import Comparison
 from app.storage import Storage
 
 Item = TypeVar("Item")
@@ -138,8 +138,9 @@ class JobRead(Read):
     finished_at: datetime | None
 
     @classmethod
-    def of(cls, session: Session, job: Job) -> JobRead:
+    def of(cls, shown: lifecycle.Shown) -> JobRead:
         """The job with what is computed from its rows."""
+        job = shown.job
         return cls.model_validate(
             {
                 **{name: getattr(job, name) for name in cls.model_fields if hasattr(job, name)},
@@ -147,7 +148,7 @@ class JobRead(Read):
                 "is_terminal": lifecycle.is_terminal(job),
                 "progress": lifecycle.progress(job),
                 "eta_seconds": lifecycle.eta_seconds(job),
-                "labeling": lifecycle.labeling_figures(session, job),
+                "labeling": shown.labeling,
             }
         )
 
@@ -338,7 +339,7 @@ class ComparisonRead(ComparisonBrief):
             {
                 **cls.facts(comparison),
                 **comparisons.table(storage, comparison),
-                "labeling": labeled and lifecycle.labeling_figures(session, labeled),
+                "labeling": labeled and lifecycle.show(session, [labeled.id])[0].labeling,
             }
         )
 

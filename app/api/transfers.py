@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import limits, records
-from app.api.datasets import DatasetRead, UploadingKeyDep, UploadOptions, stored_rows, telling_of_a_full_disk
+from app.api.datasets import DatasetRead, UploadOptions, stored_rows, telling_of_a_full_disk
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -195,7 +195,7 @@ PART_BODY = {
 async def add_part(
     upload_id: str,
     request: Request,
-    key: UploadingKeyDep,
+    key: KeyDep,
     storage: StorageDep,
     settings: SettingsDep,
     number: Annotated[int, Query(ge=1, le=MAX_PARTS, description="Where the part stands in the file, from 1.")],
@@ -263,7 +263,7 @@ def _keep_part(storage: Storage, settings: Settings, part: UploadPart, path: Pat
 )
 def complete_upload(
     upload_id: str,
-    key: UploadingKeyDep,
+    key: KeyDep,
     storage: StorageDep,
     settings: SettingsDep,
     response: Response,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ import pytest
 import redis
 import uvicorn
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import OperationalError
 
-from app import lifecycle, queue
+from app import db, lifecycle, queue
+from app.api import polls
 from app.config import settings
 from app.db import session_scope
 from app.embedded import free_port
@@ -393,4 +396,88 @@ def test_the_status_page_and_the_figures_are_open(client: TestClient, dataset_id
     client.headers.pop("Authorization")
     assert client.get("/healthz").json()["status"] == "ok"
     assert client.get("/readyz").json()["checks"] == {"database": "ok", "broker": "ok"}
-    assert 'understudy_jobs{status="queued"} 1.0' in client.get("/metrics").text
+    figures = client.get("/metrics").text
+    assert 'understudy_jobs{status="queued"} 1.0' in figures
+    assert float(figures.partition("\nunderstudy_longest_wait_seconds ")[2].split()[0]) > 0
+
+
+def test_a_poll_with_a_key_that_was_just_used_is_one_statement_and_no_transaction(
+    client: TestClient, dataset_id: str
+) -> None:
+    path = f"/jobs/{submit(tiny_spec(dataset_id))}"
+    client.get(path)
+    asked: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        asked.append(statement)
+
+    engines = (db.engine(), db.reader())
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", note)
+    try:
+        polled = client.get(path)
+    finally:
+        for engine in engines:
+            event.remove(engine, "before_cursor_execute", note)
+    assert polled.status_code == 200
+    assert len(asked) == 1, asked
+    assert polled.json() == client.get("/jobs").json()["data"][0]
+
+
+def test_polls_that_wait_together_are_answered_by_one_statement_each_with_its_own_job(
+    client: TestClient, dataset_id: str
+) -> None:
+    jobs = [submit(tiny_spec(dataset_id)) for _ in range(3)]
+    asked: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        asked.append(statement)
+
+    async def poll() -> list[polls.Written | None]:
+        together = polls.Polls()
+        return await asyncio.gather(*(together.look(job_id) for job_id in [*jobs * 10, "job_none", "\udc80 \x00"]))
+
+    event.listen(db.reader(), "before_cursor_execute", note)
+    try:
+        *found, unknown, odd = asyncio.run(poll())
+    finally:
+        event.remove(db.reader(), "before_cursor_execute", note)
+    assert [json.loads(written.body)["id"] for written in found if written] == jobs * 10
+    assert (unknown, odd) == (None, None)
+    assert len(asked) == 1
+
+
+def test_a_database_that_is_away_is_told_to_every_poll_that_waited_and_the_next_one_asks_anew(
+    client: TestClient, dataset_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = submit(tiny_spec(dataset_id))
+
+    async def poll(together: polls.Polls) -> list[Any]:
+        return await asyncio.gather(*(together.look(job_id) for _ in range(3)), return_exceptions=True)
+
+    async def twice() -> tuple[list[Any], list[Any]]:
+        together = polls.Polls()
+        with monkeypatch.context() as patched:
+            patched.setattr(lifecycle, "show", away)
+            failed = await poll(together)
+        return failed, await poll(together)
+
+    def away(*_: object) -> None:
+        raise OperationalError("SELECT", None, Exception("connection refused"))
+
+    failed, answered = asyncio.run(twice())
+    assert [type(error) for error in failed] == [OperationalError] * 3
+    assert [json.loads(written.body)["id"] for written in answered] == [job_id] * 3
+
+
+def test_polls_and_streams_survive_connections_that_the_server_has_cut(
+    client: TestClient, dataset_id: str, database: Engine
+) -> None:
+    path = f"/jobs/{submit(tiny_spec(dataset_id))}"
+    assert client.get(path).status_code == 200
+    with database.connect() as connection:
+        connection.execute(
+            text("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'")
+        )  # fmt: skip
+    assert client.get(path).status_code == 200
+    assert client.get(f"{path}/events").json()["data"]

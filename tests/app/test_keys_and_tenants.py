@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, func, text, update
 
 from app import keys
 from app.db import session_scope
 from app.main import ROUTERS
 from app.models import ApiKey, Checkpoint, Comparison, Job, WebhookDelivery, new_id, now
-from tests.support import add_dataset, new_key, sentences, submit, tiny_spec
+from tests.support import add_dataset, new_key, sentences, submit, tiny_spec, wait_until
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
 
@@ -59,6 +59,7 @@ def test_a_key_works_until_it_expires_or_is_revoked(database: Engine, client: Te
     assert client.get("/jobs", headers=header).status_code == 200
     with session_scope() as session:
         session.get_one(ApiKey, key_id).expires_at = now() - timedelta(seconds=1)
+    keys.forget()
     assert client.get("/jobs", headers=header).status_code == 401
     with session_scope() as session:
         session.get_one(ApiKey, key_id).expires_at = None
@@ -70,6 +71,32 @@ def test_a_key_works_until_it_expires_or_is_revoked(database: Engine, client: Te
     assert (answer.status_code, answer.json()["detail"]) == (
         401, "This API key is not known, or has expired or been revoked.",
     )  # fmt: skip
+
+
+def test_what_another_process_does_to_a_key_takes_effect_within_seconds(
+    database: Engine, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "KNOWN_SECONDS", 0.5)
+    key = new_key("alice")
+
+    def status() -> int:
+        return client.get("/jobs", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert status() == 200
+    with database.begin() as connection:  # as `understudy keys revoke` does, past this process
+        connection.execute(update(ApiKey).where(ApiKey.hash == keys.hash_of(key)).values(revoked_at=func.now()))
+    wait_until(lambda: status() == 401, 5)
+
+
+def test_a_key_that_expires_ends_at_its_moment_though_it_was_just_read(
+    database: Engine, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "KNOWN_SECONDS", 3600)
+    key = new_key("alice", days=1)
+    headers = {"Authorization": f"Bearer {key}"}
+    assert client.get("/jobs", headers=headers).status_code == 200
+    monkeypatch.setattr(keys, "now", lambda: now() + timedelta(days=1))
+    assert client.get("/jobs", headers=headers).status_code == 401
 
 
 def test_the_database_never_holds_a_key(database: Engine) -> None:

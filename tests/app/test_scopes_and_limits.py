@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -18,7 +19,7 @@ from app.api.keys import MOST_KEYS
 from app.config import settings
 from app.db import session_scope
 from app.embedded import free_port
-from app.errors import TooManyUploads
+from app.errors import RateLimited, TooManyUploads
 from app.main import create_app
 from app.models import ApiKey, Checkpoint, Job, new_id, now
 from tests.app.test_keys_and_tenants import routes
@@ -43,6 +44,7 @@ def counter() -> Iterator[None]:
     """A Redis that was found away in one test is asked again in the next."""
     yield
     limits._away_until = 0.0
+    limits._counted.clear()
 
 
 def client_with(**own: int | None) -> TestClient:
@@ -109,6 +111,7 @@ def test_a_rotated_key_works_beside_the_new_one_until_the_grace_period_is_over(d
     assert (status(old_key), status(new_key)) == (200, 200)
     with session_scope() as session:
         session.get_one(ApiKey, old_id).expires_at = now()
+    keys.forget()
     assert (status(old_key), status(new_key)) == (401, 200)
 
 
@@ -123,7 +126,7 @@ def test_a_grace_period_never_prolongs_a_key(database: Engine) -> None:
 def test_when_a_key_was_used_last_is_noted(database: Engine, clients: dict[str, TestClient]) -> None:
     listed = clients["admin"].get("/keys").json()["data"]
     assert {entry["scope"]: entry["last_used_at"] is not None for entry in listed} == {
-        "read": False, "write": False, "admin": False,
+        "read": False, "write": False, "admin": True,
     }  # fmt: skip
     clients["read"].get("/jobs")
     listed = clients["admin"].get("/keys").json()["data"]
@@ -197,6 +200,28 @@ def test_requests_beyond_the_limit_are_told_when_to_come_back_and_other_keys_go_
     assert refused.json()["code"] == "rate_limited"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert client.get("/jobs").status_code == 200
+
+
+def test_of_a_large_limit_a_hundredth_is_counted_at_a_time_and_no_request_too_much_passes(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ApiKey(id=new_id("key"), tenant="alice", limits={"max_requests_per_minute": 300})
+    counter = limits._counter(settings().redis_url)
+    asked, hit = [], counter.hit
+
+    def counted(item: Any, *names: str, cost: int = 1) -> bool:
+        asked.append(cost)
+        return hit(item, *names, cost=cost)
+
+    monkeypatch.setattr(counter, "hit", counted)
+    for _ in range(300):
+        if not limits.is_counted(key):
+            limits.count_request(key)
+    assert asked == [4] * 75, "three ahead, and the one that asks"
+    for _ in range(2):
+        assert not limits.is_counted(key)
+        with pytest.raises(RateLimited):
+            limits.count_request(key)
 
 
 def test_a_limit_of_none_is_no_limit(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def answers(job_id: str, rows: int) -> list[dict[str, Any]]:
 
 def figures(job_id: str) -> dict[str, Any]:
     with session_scope() as session:
-        return lifecycle.labeling_figures(session, session.get_one(Job, job_id))
+        return lifecycle.show(session, [job_id])[0].labeling
 
 
 def events(job_id: str, type: str) -> list[JobEvent]:
