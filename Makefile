@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+TESTERS ?= 2
 
 .PHONY: help install demo test check lint types contracts soak fuzz bench clean
 
@@ -19,8 +20,8 @@ install:         ## make .venv with the pinned set
 demo: .venv/installed   ## the whole way: upload, label, select, train, download, classify
 	$(BIN)/python examples/demo.py
 
-test: .venv/installed   ## every test, on a real PostgreSQL and a real Redis
-	$(BIN)/python -m pytest
+test: .venv/installed   ## every test, on real PostgreSQLs and Redises, in $(TESTERS) processes with services of their own
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 lint: .venv/installed   ## ruff
 	$(BIN)/ruff check .
