@@ -57,10 +57,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--validation-rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--student-layers", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "lgtm-search.json")
     parser.add_argument("--cost", action="store_true")
@@ -73,7 +74,7 @@ def main() -> None:
         arms = {name: (ARMS[name], arguments.student_layers) for name in arguments.arms}
         tell_cost(arms, arguments.data, arguments, dict.fromkeys(arguments.data, arguments.validation_rows))
         return
-    names = ("rows", "validation_rows", "epochs", "student_layers", "max_length", "learning_rate")
+    names = ("rows", "validation_rows", "epochs", "batch_size", "student_layers", "max_length", "learning_rate")
     record = Record(arguments.out, {name: getattr(arguments, name) for name in names})
     wanted = [
         {"data": name, "method": arm, "seed": seed}
@@ -85,7 +86,7 @@ def main() -> None:
         figures = one_run(
             run["data"], ARMS[run["method"]], run["seed"], rows=arguments.rows, epochs=arguments.epochs,
             layers=arguments.student_layers, max_length=arguments.max_length, learning_rate=arguments.learning_rate,
-            validation_rows=arguments.validation_rows,
+            batch_size=arguments.batch_size, validation_rows=arguments.validation_rows,
         )  # fmt: skip
         record.add({**run, **figures})
         print(json.dumps({**run, **figures}), flush=True)
@@ -117,7 +118,7 @@ def tell_cost(arms: dict[str, tuple[dict[str, Any], int]], data: list[str], argu
         def seconds(wish: dict[str, Any], layers: int, validation_rows: int, name: str = name) -> float:
             return one_run(
                 name, wish, 0, rows=COST_ROWS, epochs=1, layers=layers, max_length=arguments.max_length,
-                learning_rate=arguments.learning_rate, validation_rows=validation_rows,
+                learning_rate=arguments.learning_rate, batch_size=arguments.batch_size, validation_rows=validation_rows,
             )["seconds"]  # fmt: skip
 
         first, more = (seconds({"kind": "prokt"}, 3, rows) for rows in (FEW_ROWS, FEW_ROWS + COST_ROWS))
@@ -143,12 +144,12 @@ def method_of(wish: dict[str, Any], teacher: dict[str, Any]) -> Any:
 
 def one_run(
     name: str, wish: dict[str, Any], seed: int, *, rows: int, epochs: int, layers: int, max_length: int,
-    learning_rate: float, validation_rows: int | None = None,
+    learning_rate: float, batch_size: int, validation_rows: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train one arm with one seed; the best macro-F1 of student and teacher on the validation rows, and what it took."""
     encoder: dict[str, Any] = {"max_length": max_length}
     method = method_of(wish, {**encoder, "learning_rate": learning_rate})
-    training = options.Training(epochs=epochs, learning_rate=learning_rate, seed=seed)
+    training = options.Training(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
     read = {"train": read_split(name, "train", rows), "validation": read_split(name, "validation", validation_rows)}
     names = sorted({entry["label"] for entry in read["train"]})
     source = pretrained.resolve(options.DEFAULT_STUDENT, purpose="student", roots=[], allow_hub=False)

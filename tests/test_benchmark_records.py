@@ -11,7 +11,7 @@ import pytest
 from benchmarks import lgtm_results
 from benchmarks.record import Record
 
-OPTIONS = {"rows": 8, "epochs": 1, "validation_rows": 4, "test_rows": 4, "shots": 1, "max_length": 8, "learning_rate": 1e-3}  # fmt: skip
+OPTIONS = {"rows": 8, "epochs": 1, "batch_size": 4, "validation_rows": 4, "test_rows": 4, "shots": 1, "max_length": 8, "learning_rate": 1e-3}  # fmt: skip
 
 
 def wanted(*names: str) -> list[dict[str, Any]]:
