@@ -7,6 +7,7 @@ import math
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import Counter
@@ -237,6 +238,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing of clients that were killed."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(world: World) -> Iterator[World]:
     """The world behind a port of this machine."""
@@ -245,7 +254,7 @@ def serving(world: World) -> Iterator[World]:
         pass
 
     Connection.world = world
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Connection)
+    server = Server(("127.0.0.1", 0), Connection)
     server.daemon_threads = True
     world.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
