@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--shots", type=int, default=32, help="examples of each class that emotion's teacher is shown")
     parser.add_argument("--max-length", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of students and encoder teachers")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of students and encoder teachers")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "build" / STEM)
     parser.add_argument("--data", nargs="*", default=[*PAIRS, "emotion"], choices=[*PAIRS, "emotion"])
