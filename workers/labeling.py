@@ -1,7 +1,7 @@
 """Label a job's rows, shard by shard, beside any number of other workers: cache first, then the teacher.
 
-Answers enter the cache chunk by chunk, so a worker that dies loses at most the chunk it was busy with; the shard's
-file is written before its row says so.
+Answers enter the cache chunk by chunk, and a server's as they come, so a worker that dies loses at most the chunk it was
+busy with; the shard's file is written before its row says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workers import gate
 from workers.artifacts import read_rows, read_table
 from workers.failures import failure_of
 from workers.reporter import Heartbeat
-from workers.teachers import TEACHERS
+from workers.teachers import TEACHERS, endpoint
 from workers.teachers.endpoint import EndpointTeacher
 from workers.teachers.lbl2vec import Lbl2VecTeacher
 from workers.teachers.teacher import AskedToStop, Row, Teacher, TeacherAway
@@ -467,6 +467,8 @@ class Answers:
         A row that hangs on the dataset is noted at once; others are told by their texts.
         """
         began = time.perf_counter()
+        if isinstance(self.teacher, EndpointTeacher):
+            self.teacher.on_answers = partial(self._keep, numbers, began)
         said = self.teacher.label([self.rows[number] for number in numbers])
         seconds = time.perf_counter() - began
         answers: dict[bytes, labels.Answer] = {}
@@ -485,6 +487,20 @@ class Answers:
                 )
         self.seconds += seconds * (1 if not self.teacher.cacheable else len(errors) / len(numbers))
         return answers, errors, said.ended
+
+    def _keep(self, numbers: Sequence[int], began: float, arrived: dict[int, endpoint.Answer]) -> None:
+        """Put into the cache what a server has answered so far: should this worker be killed, it is not paid for again."""
+        seconds = (time.perf_counter() - began) / len(numbers)
+        answers = {
+            self._keys[numbers[place]]: labels.Answer(
+                answer.probabilities.astype(np.float32), answer.usage.input + answer.usage.output, seconds, self.bill
+            )
+            for place, answer in arrived.items()
+            if answer.probabilities is not None
+        }
+        # A database that is away is not waited for: the answers are kept when all have come, as any teacher's.
+        with contextlib.suppress(*AWAY), session_scope() as session:
+            labels.remember(session, self.tenant, self.fingerprint, answers)
 
     def _of_the_gate(self, session: Session, known: dict[bytes, labels.Answer]) -> set[bytes]:
         """The gate's answers count for the first shard that finds them."""

@@ -102,6 +102,11 @@ def events(job_id: str, type: str) -> list[JobEvent]:
         return list(session.scalars(select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.type == type)))
 
 
+def cached() -> int:
+    with session_scope() as session:
+        return session.scalar(select(func.count()).select_from(LabelCache)) or 0
+
+
 def answers(job_id: str, rows: int) -> list[dict[str, Any]]:
     return read_labels(storage(), shards_of(job_id), "train", rows).to_pylist()
 
@@ -630,13 +635,12 @@ def test_a_worker_that_shuts_down_while_it_waits_keeps_what_is_answered(
     worker = threading.Thread(target=labeling.label_job, args=(job_id, "leaving", stopping))
     worker.start()
     wait_until(lambda: len(world.asked()) == 12, what="every row is asked")
-    time.sleep(0.1)
+    wait_until(lambda: cached() == 9, what="the answers that came are in the cache while the others are waited for")
     stopping.set()
     worker.join(10)
     assert not worker.is_alive()
     assert shards_of(job_id)[0].status == "pending"
-    with session_scope() as session:
-        assert session.scalar(select(func.count()).select_from(LabelCache)) == 9
+    assert cached() == 9
     world.release.set()
     label(job_id)
     assert [world.asked().count(row["text"]) for row in rows] == [1] * 9 + [2] * 3

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ TOP_LOGPROBS = (20, 5)
 LONGEST_ANSWER_TOKENS = 256
 CHECK_SECONDS = 0.2
 """How often a teacher that is waiting for answers looks whether it should stop."""
+TELL_SECONDS = 1.0
+"""How often what was answered so far is put into safety: a worker that is killed loses no more than this."""
 NOT_WORDS = re.compile(r"[\W_]+")
 
 
@@ -71,6 +74,8 @@ class EndpointTeacher:
     def __init__(self, options: spec.EndpointTeacher, labels: list[Label], source: Source | None = None) -> None:
         self.should_stop: Callable[[], bool] = lambda: False
         """Asked while answers are waited for; the shard's worker sets it."""
+        self.on_answers: Callable[[dict[int, Answer]], None] = lambda answers: None
+        """Told while others are waited for: the answers that came since it was last told, by their rows' places."""
         endpoint = settings().endpoints.get(options.endpoint)
         if endpoint is None:
             raise WorkFailed(
@@ -108,7 +113,21 @@ class EndpointTeacher:
         Raises WorkFailed, TeacherAway or AskedToStop while it does not know yet what the server can do.
         """
         ability = self._find_ability()
-        tasks, ended = self._loop.run(self._together([self._ask(row, ability) for row in rows]))
+        arrived: dict[int, Answer] = {}
+        told_at = time.monotonic()
+
+        async def ask(number: int, row: Row) -> Answer:
+            arrived[number] = answer = await self._ask(row, ability)
+            return answer
+
+        def tell() -> None:
+            nonlocal told_at
+            if arrived and time.monotonic() > told_at + TELL_SECONDS:
+                self.on_answers(dict(arrived))
+                arrived.clear()
+                told_at = time.monotonic()
+
+        tasks, ended = self._loop.run(self._together([ask(*entry) for entry in enumerate(rows)], tell))
         probabilities = np.full((len(rows), len(self._prompt.answers)), np.nan, np.float32)
         tokens = np.zeros(len(rows), np.int32)
         errors: dict[int, str] = {}
@@ -170,9 +189,12 @@ class EndpointTeacher:
         return self._ability
 
     async def _together(
-        self, works: Sequence[Coroutine[Any, Any, Any]]
+        self, works: Sequence[Coroutine[Any, Any, Any]], meanwhile: Callable[[], None] = lambda: None
     ) -> tuple[list[asyncio.Task[Any]], Exception | None]:
-        """Do all at once, until one ends with more than RowRefused or the teacher should stop; then cancel the rest."""
+        """Do all at once, until one ends with more than RowRefused or the teacher should stop; then cancel the rest.
+
+        `meanwhile` is called every CHECK_SECONDS.
+        """
         tasks = [asyncio.ensure_future(work) for work in works]
         pending: set[asyncio.Task[Any]] = set(tasks)
         ended: BaseException | None = None
@@ -182,6 +204,7 @@ class EndpointTeacher:
             ended = next((error for error in errors if error is not None and not isinstance(error, RowRefused)), None)
             if ended is None and pending and self.should_stop():
                 ended = AskedToStop()
+            meanwhile()
         for task in pending:
             task.cancel()
         if pending:
