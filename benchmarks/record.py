@@ -120,6 +120,16 @@ def finished(client: Client, runs: list[Run]) -> Iterator[tuple[Run, dict[str, A
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
+def whole_seeds(runs: list[Run]) -> list[Run]:
+    """The runs of the seeds that every method on record has on every data set; all runs where there is no such seed.
+
+    Rows of a table that is still growing would otherwise be means over different seeds.
+    """
+    wanted = {(run["data"], run["method"]) for run in runs}
+    whole = {s for s in {run["seed"] for run in runs} if {identity(r)[:2] for r in runs if r["seed"] == s} == wanted}
+    return [run for run in runs if run["seed"] in whole] or runs
+
+
 def spread(values: list[float], digits: int = 1) -> str:
     """Mean ± standard deviation of values that are given as shares, in per cent."""
     deviation = f" ± {100 * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -20,7 +20,7 @@ from typing import Any
 
 from app.client import Client
 from benchmarks.data import ROOT, SHARED, few_shot, read_split
-from benchmarks.record import Record, end_by_interrupt, find_or_submit, finished, serving, spread, upload
+from benchmarks.record import Record, end_by_interrupt, find_or_submit, finished, serving, spread, upload, whole_seeds
 
 DATA_SETS = {
     "emotion": {
@@ -177,7 +177,7 @@ def document(outcome: dict[str, Any]) -> str:
     """docs/results.md."""
     options, runs = outcome["options"], outcome["runs"]
     places = {name: place for place, name in enumerate([*DATA_SETS, *METHODS])}
-    runs = sorted(runs, key=lambda run: (places[run["data"]], places[run["method"]], run["seed"]))
+    runs = sorted(whole_seeds(runs), key=lambda run: (places[run["data"]], places[run["method"]], run["seed"]))
     seeds = len({run["seed"] for run in runs})
     lines = [
         "# Results on real data sets",
@@ -243,7 +243,7 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "understudy"
     from matplotlib import pyplot
 
-    runs = outcome["runs"]
+    runs = whole_seeds(outcome["runs"])
     names = list(dict.fromkeys(run["data"] for run in runs))
     figure, panels = pyplot.subplots(
         1, len(names), figsize=(5.2 * len(names), 4.2), squeeze=False, layout="constrained"
