@@ -11,13 +11,14 @@
     ├── RangeNotSatisfiable 416
     ├── Unprocessable 422       DigestMismatch, InvalidRows, InvalidSpec, KeyReused
     ├── TooMany 429             RateLimited, StorageFull, TooManyJobs, TooManyUploads
-    └── Unavailable 503
+    └── Unavailable 503         NoRoom, StorageAway, StorageRefuses
 
 A class is a situation; its docstring is the default sentence the client reads.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable
 from typing import Any, TypedDict
@@ -31,6 +32,8 @@ from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 
 log = structlog.get_logger()
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""What the system says when a file cannot grow."""
 MAX_ERRORS = 100
 MAX_ECHO_CHARACTERS = 500
 """Of what the client sent, in one message or pointer."""
@@ -225,6 +228,24 @@ class Unavailable(Problem):
         super().__init__(detail, headers={"Retry-After": "2"})
 
 
+class NoRoom(Unavailable):
+    """The server's disk is full just now; try again later."""
+
+    code = "no_room"
+
+
+class StorageAway(Unavailable):
+    """The storage of datasets and checkpoints does not answer as it should just now; try again shortly."""
+
+    code = "storage_away"
+
+
+class StorageRefuses(Unavailable):
+    """The storage of datasets and checkpoints refuses this server; its operator has to look at the storage's rights."""
+
+    code = "storage_refuses"
+
+
 TITLES = {
     400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
     409: "Conflict", 413: "Content Too Large", 415: "Unsupported Media Type", 416: "Range Not Satisfiable",
@@ -326,6 +347,13 @@ def install(app: FastAPI) -> None:
     def _database_away(request: Request, error: Exception) -> JSONResponse:
         log.error("database_unreachable", error=str(getattr(error, "orig", error)))
         return problem_response(request, Unavailable("The database is not reachable just now; try again shortly."))
+
+    @app.exception_handler(OSError)
+    def _disk_full(request: Request, error: OSError) -> JSONResponse:
+        if error.errno not in FULL:
+            raise error
+        log.error("disk_full", error=str(error))
+        return problem_response(request, NoRoom())
 
 
 def _methods(request: Request, known: str) -> set[str]:

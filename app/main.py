@@ -174,12 +174,12 @@ def _tell_problems(document: dict[str, Any]) -> None:
 
 
 def _tell_what_a_key_meets(method: str, operation: dict[str, Any]) -> None:
-    """Every route that takes a key may answer 401, 403 and 429, and needs some scope."""
+    """Every route that takes a key may answer 401, 403, 429 and 503, and needs some scope."""
     operation.setdefault("x-scope", scope_needed(method.upper(), None))
     schema = {"application/json": {"schema": {"$ref": "#/components/schemas/ProblemRead"}}}
-    for status, told in problems(errors.Unauthorized, errors.Forbidden, errors.TooMany).items():
+    for status, told in problems(errors.Unauthorized, errors.Forbidden, errors.TooMany, errors.Unavailable).items():
         response: dict[str, Any] = {"description": told["description"], "content": schema}
-        if status == errors.TooMany.status:
+        if status in (errors.TooMany.status, errors.Unavailable.status):
             response["headers"] = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
         operation["responses"].setdefault(str(status), response)
 

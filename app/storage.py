@@ -15,24 +15,47 @@ from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
+import structlog
 
 from app.config import settings
+from app.errors import FULL, StorageAway, StorageRefuses
 
 KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*(/[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*)*")
 COPY_BYTES = 1024 * 1024
+CLIENTS = {"aiobotocore", "aiohttp", "botocore", "fsspec", "s3fs"}
+"""Packages whose exceptions are a far storage's troubles."""
+
+log = structlog.get_logger()
 
 
 class Storage:
-    """One place for files, named by a URL; whatever is put appears whole or not at all."""
+    """One place for files, named by a URL; whatever is put appears whole or not at all.
+
+    Where it is not a local directory, every method raises StorageAway when it does not answer as it should, after what
+    its client tries by itself, and StorageRefuses when it does not let us.
+    """
 
     def __init__(self, url: str) -> None:
-        self.filesystem, self.root = fsspec.core.url_to_fs(url)
+        # Other processes write too: a listing that is kept would soon be wrong.
+        self.filesystem, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         self.is_local = "file" in self.filesystem.protocol
 
     def _path(self, key: str) -> str:
         if not KEY.fullmatch(key):
             raise ValueError(f"not a storage key: {key!r}")
         return f"{self.root}/{key}"
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            if self.is_local or not _is_a_storages(error):
+                raise
+            log.error("storage_trouble", error=f"{type(error).__name__}: {error}")
+            raise (StorageRefuses if isinstance(error, PermissionError) else StorageAway) from error
 
     def put(self, key: str, source: Path, *, confirm: Callable[[], object] = lambda: None) -> None:
         """Copy a local file to `key`. Atomic: a reader sees the old file, or the new one, or none.
@@ -42,7 +65,8 @@ class Storage:
         path = self._path(key)
         if not self.is_local:
             confirm()
-            self.filesystem.put_file(str(source), path)
+            with self._telling():
+                self.filesystem.put_file(str(source), path)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +90,11 @@ class Storage:
             file.write_bytes(content)
             self.put(key, file, confirm=confirm)
 
-    def open(self, key: str) -> BinaryIO:
+    @contextmanager
+    def open(self, key: str) -> Iterator[BinaryIO]:
         """The file for reading, seekable. Raises FileNotFoundError."""
-        stream: BinaryIO = self.filesystem.open(self._path(key), "rb")
-        return stream
+        with self._telling(), self.filesystem.open(self._path(key), "rb") as stream:
+            yield stream
 
     def read(self, key: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
@@ -78,17 +103,19 @@ class Storage:
 
     def exists(self, key: str) -> bool:
         """Whether there is a file at `key`."""
-        return bool(self.filesystem.exists(self._path(key)))
+        with self._telling():
+            return bool(self.filesystem.exists(self._path(key)))
 
     def size(self, key: str) -> int:
         """Bytes of the file. Raises FileNotFoundError."""
-        return int(self.filesystem.size(self._path(key)))
+        with self._telling():
+            return int(self.filesystem.size(self._path(key)))
 
     def names(self, prefix: str) -> list[str]:
         """The names of the files and folders right under `prefix/`, in order; there may be none."""
-        self.filesystem.invalidate_cache()
         try:
-            entries = self.filesystem.ls(self._path(prefix), detail=False)
+            with self._telling():
+                entries = self.filesystem.ls(self._path(prefix), detail=False)
         except FileNotFoundError:
             return []
         return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
@@ -102,12 +129,12 @@ class Storage:
 
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._telling():
             self.filesystem.rm_file(self._path(key))
 
     def delete_all(self, prefix: str) -> None:
         """Remove the file at `prefix`, or every file under `prefix/`; there may be none."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._telling():
             self.filesystem.rm(self._path(prefix), recursive=True)
 
     @contextmanager
@@ -121,8 +148,15 @@ class Storage:
             return
         with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
             copy = Path(directory) / Path(key).name
-            self.filesystem.get_file(path, str(copy))
+            with self._telling():
+                self.filesystem.get_file(path, str(copy))
             yield copy
+
+
+def _is_a_storages(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno not in FULL:
+        return True
+    return type(error).__module__.partition(".")[0] in CLIENTS
 
 
 @lru_cache

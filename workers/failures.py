@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 
-from app.errors import Problem
+from app.errors import FULL, Problem
 from app.lifecycle import WorkFailed
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+NO_ROOM = FULL | {errno.EIO, errno.EROFS}
 OUT_OF_MEMORY = ("can't allocate memory", "std::bad_alloc", "Cannot allocate memory", "could not create a primitive")
 """How torch, and what lies below it, says that the CPU's memory is full: in a RuntimeError."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -172,7 +171,6 @@ async def create_dataset(
     """Upload a dataset. Every row is checked; one answer names all that is wrong, line by line."""
     with (
         limits.uploading(key),
-        telling_of_a_full_disk(),
         TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory,
     ):
         path = Path(directory) / "upload"
@@ -231,17 +229,6 @@ def stored_rows(
     finally:
         if not kept:
             storage.delete(dataset.key)
-
-
-@contextmanager
-def telling_of_a_full_disk() -> Iterator[None]:
-    """A disk that is full is told as what it is. Raises Unavailable."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Unavailable("The server has no room for this upload just now; try again later.") from error
-        raise
 
 
 def _name_of(file: ReceivedFile) -> str:

@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from app import limits, records
-from app.api.datasets import DatasetRead, UploadOptions, stored_rows, telling_of_a_full_disk
+from app.api.datasets import DatasetRead, UploadOptions, stored_rows
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -208,7 +208,6 @@ async def add_part(
     await run_in_threadpool(_refuse_unless_pending, upload_id, key.tenant)
     with (
         limits.uploading(key),
-        telling_of_a_full_disk(),
         TemporaryDirectory(prefix="part-", dir=settings.spool_dir) as directory,
     ):
         path = Path(directory) / "part"
@@ -288,7 +287,7 @@ def _complete(upload_id: str, tenant: str, storage: Storage, settings: Settings,
             return DatasetRead.model_validate(owned(session, Dataset, upload.dataset_id or "", tenant))
         parts = _in_order(_pending(upload), wish.part_ids)
     options = UploadOptions(name=upload.name, **upload.options)
-    with telling_of_a_full_disk(), TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
+    with TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
         file = _assembled(upload, parts, storage, Path(directory) / "upload")
         for expected in (upload.sha256, wish.sha256):
             if expected not in (None, file.sha256):
