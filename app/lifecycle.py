@@ -529,7 +529,7 @@ def claim_shard(session: Session, job_id: str, worker: str) -> LabelShard | None
     shard.status, shard.attempt, shard.worker = "claimed", shard.attempt + 1, worker
     shard.lease_expires_at = _lease()
     if shard.answered_attempt is None:  # what an earlier attempt has done is counted again, from the cache
-        shard.rows_done, shard.tokens, shard.seconds = 0, 0, 0.0
+        shard.rows_done, shard.tokens, shard.seconds = 0, shard.tokens_in_vain, shard.seconds_in_vain
     session.flush()
     _take_turn(session, waiting[0].tenant, LABEL)
     return shard
@@ -668,22 +668,28 @@ def _still_held(shard: LabelShard) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-def renew_shard(session: Session, shard: LabelShard, so_far: dict[str, Any] | None = None) -> None:
-    """Keep a shard, and show its rows_done, tokens and seconds. Raises LeaseLost when it is another's now, or no job
-    needs it any longer."""
-    needed = select(Job.id).where(Job.label_set_id == shard.label_set_id, Job.status.in_(LABELED)).exists()
+def renew_shard(session: Session, shard: LabelShard, so_far: dict[str, Any] | None = None) -> str:
+    """Keep a shard, and show its rows_done, tokens and seconds. "paused" when every job that needs it is, else "running".
+
+    Raises LeaseLost when it is another's now, or no job needs it any longer.
+    """
+    jobs = select(Job.id).where(Job.label_set_id == shard.label_set_id)
+    needed = jobs.where(Job.status.in_(LABELED)).exists()
+    running = jobs.where(Job.status.in_(("queued", "running"))).exists()
     values: dict[str, Any] = {"lease_expires_at": _lease()}
     if shard.answered_attempt is None:  # else its rows are counted already
         values.update(so_far or {})
-    renewed = session.execute(
+    is_running = session.scalar(
         update(LabelShard)
         .where(*_still_held(shard), needed)
         .values(values)
+        .returning(running)
         .execution_options(synchronize_session=False)
     )
-    if not renewed.rowcount:  # type: ignore[attr-defined]
+    if is_running is None:
         raise LeaseLost
     _count_rows(session, shard.label_set_id)
+    return "running" if is_running else "paused"
 
 
 def note_rows(session: Session, shard: LabelShard, start: int, stop: int) -> None:
@@ -698,30 +704,55 @@ def note_rows(session: Session, shard: LabelShard, start: int, stop: int) -> Non
         raise LeaseLost
 
 
-def release_shard(session: Session, shard: LabelShard, *, cost: float | None = None) -> None:
-    """Give a shard back unfinished, without counting the attempt as a lost worker. `cost`: of what was asked."""
-    spent = {} if cost is None else {"cost": func.coalesce(LabelShard.cost, 0.0) + cost}
+def note_spent(
+    session: Session, shard: LabelShard, so_far: dict[str, Any], *, cost: float | None, tokens_in_vain: int,
+    seconds_in_vain: float,
+) -> None:  # fmt: skip
+    """Put on the shard's bill what an attempt has spent that does not finish it.
+
+    What it paid for answers is found again with them, in the cache; what it paid in vain would be forgotten.
+    """
+    values: dict[str, Any] = {
+        "tokens_in_vain": LabelShard.tokens_in_vain + tokens_in_vain,
+        "seconds_in_vain": LabelShard.seconds_in_vain + seconds_in_vain,
+    }
+    if cost is not None:
+        values["cost"] = func.coalesce(LabelShard.cost, 0.0) + cost
+    if shard.answered_attempt is None:  # else its rows are counted already
+        values.update(so_far)
+    session.execute(
+        update(LabelShard).where(*_still_held(shard)).values(values).execution_options(synchronize_session=False)
+    )
+    _count_rows(session, shard.label_set_id)
+
+
+def release_shard(session: Session, shard: LabelShard, *, call: bool = False) -> None:
+    """Give a shard back unfinished, without counting the attempt as a lost worker; `call` another, if a job runs."""
+    if call:
+        # A job that was resumed before its shard came back has called its workers too early.
+        for job in _waiting_for(session, shard.label_set_id):
+            if job.status in ("queued", "running"):
+                enqueue_on_commit(session, LABEL, job.id)
+                break
     session.execute(
         update(LabelShard)
-        .where(
-            *_still_held(shard),
-        )
-        .values(status="pending", lease_expires_at=None, worker=None, busy_start=None, busy_stop=None, **spent)
+        .where(*_still_held(shard))
+        .values(status="pending", lease_expires_at=None, worker=None, busy_start=None, busy_stop=None)
         .execution_options(synchronize_session=False)
     )
 
 
-def note_teacher_away(session: Session, label_set_id: str, reason: str) -> None:
-    """Tell that labeling waits for the teacher, once for each time it is away; the sweep calls workers again."""
+def note_away(session: Session, label_set_id: str, what: str, reason: str) -> None:
+    """Tell that labeling waits for `what`, the teacher or the storage, once for each time it is away; the sweep calls workers again."""
     for job in _waiting_for(session, label_set_id, lock=True):
         last = session.scalars(
             select(JobEvent.type)
-            .where(JobEvent.job_id == job.id, JobEvent.type.in_(("teacher.away", "labeling.shard")))
+            .where(JobEvent.job_id == job.id, JobEvent.type.in_((f"{what}.away", "labeling.shard")))
             .order_by(JobEvent.seq.desc())
             .limit(1)
         ).one_or_none()
-        if last != "teacher.away":
-            emit(session, job.id, "teacher.away", f"Labeling waits for the teacher: {reason}.", level="warning")
+        if last != f"{what}.away":
+            emit(session, job.id, f"{what}.away", f"Labeling waits for the {what}: {reason}.", level="warning")
 
 
 def fail_for_want_of_confidence(session: Session, label_set_id: str) -> None:
@@ -747,7 +778,7 @@ def finish_shard(session: Session, shard: LabelShard, figures: dict[str, Any]) -
         )
         .values(
             status="done", lease_expires_at=None, answered_attempt=shard.attempt, rows_done=shard.stop - shard.start,
-            **written,
+            tokens_in_vain=0, seconds_in_vain=0.0, **written,
         )
         .execution_options(synchronize_session=False)
     )  # fmt: skip
@@ -891,6 +922,16 @@ def stop(session: Session, job: Job) -> None:
     else:
         _requeue(session, job)
         emit(session, job.id, "job.requeued", "The worker is shutting down; another goes on from the saved state.")
+
+
+def wait_for_storage(session: Session, job: Job) -> None:
+    """The worker of a held job cannot read or write its files: the sweep calls another after a while."""
+    if job.status in ("pausing", "cancelling"):
+        stop(session, job)
+        return
+    job.status, job.enqueued_at, job.lease_expires_at, job.worker = "queued", now(), None, None
+    message = "The storage does not answer; the job goes on from its last saved state when it does."
+    emit(session, job.id, "storage.away", message, level="warning")
 
 
 def fail(session: Session, job_id: str, code: str, message: str, *, attempt: int | None = None) -> None:

@@ -206,6 +206,9 @@ class LabelShard(Base):
     seconds: Mapped[float] = mapped_column(Double, default=0.0)
     """Time the teacher took."""
     seconds_saved: Mapped[float] = mapped_column(Double, default=0.0)
+    tokens_in_vain: Mapped[int] = mapped_column(BigInteger, default=0)
+    """With `seconds_in_vain`: what attempts that gave the shard back spent on rows that failed; part of `tokens` at its end."""
+    seconds_in_vain: Mapped[float] = mapped_column(Double, default=0.0)
     cost: Mapped[float | None] = mapped_column(Double)
     """In the operator's currency; null where the teacher has no price."""
 

@@ -29,8 +29,11 @@ class Bucket:
         if status is None:
             return self._serve(environ, start_response)
         self.failed += 1
-        start_response(f"{status} Trouble", [("Content-Type", "application/xml")])
-        return [f"<Error><Code>{CODES[status]}</Code><Message>trouble</Message></Error>".encode()]
+        body = f"<Error><Code>{CODES[status]}</Code><Message>trouble</Message></Error>".encode()
+        if environ["REQUEST_METHOD"] == "HEAD":
+            body = b""
+        start_response(f"{status} Trouble", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body]
 
 
 @contextmanager

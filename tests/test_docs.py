@@ -380,7 +380,7 @@ def test_every_type_of_event_is_explained() -> None:
         type
         for name, call in calls("emit", "event")
         if len(call.args) > position[name]
-        for type in literal(call.args[position[name]], name=list(PHASES[1:]))
+        for type in literal(call.args[position[name]], name=list(PHASES[1:]), what=["teacher", "storage"])
     }
     assert {"job.queued", "training.epoch", "training.started"} <= types
     assert_named(types, API, "events")

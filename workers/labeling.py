@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from app import labels, lifecycle, pretrained
 from app.config import settings
 from app.db import AWAY, patiently, session_scope
+from app.errors import StorageAway
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Dataset, Job, LabelSet, LabelShard, new_id
 from app.options import JobSpec, Label, needs_confidence
@@ -171,9 +172,9 @@ def _judge(
         except _LostAtTheGate:
             message = "A worker was lost over the first rows; there is no verdict, and rows are labeled shard by shard."
             return {"verdict": "skipped", "rows": 0, "message": message}
-        except TeacherAway as reason:
-            away = str(reason)
-            patiently(lambda session: lifecycle.note_teacher_away(session, label_set.id, away))
+        except (TeacherAway, StorageAway) as reason:
+            away = _away(reason)
+            patiently(lambda session: lifecycle.note_away(session, label_set.id, *away))
             raise LeaseLost from None
     told = f"The teacher tells the first {rows} rows apart"
     if "hits" in verdict:
@@ -224,21 +225,21 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
     recording = threading.Lock()
     answers: Answers | None = None
 
-    def renew() -> str | None:
+    def renew() -> str:
         with recording, session_scope() as session:
-            lifecycle.renew_shard(session, shard, answers.so_far() if answers else None)
+            status = lifecycle.renew_shard(session, shard, answers.so_far(shard) if answers else None)
             if answers:
                 labels.renew_claims(session, answers.owner, settings().lease_seconds)
-        return None
+        return status
 
     with Heartbeat(renew) as heartbeat:
 
         def should_stop() -> bool:
-            return heartbeat.lost.is_set() or stopping.is_set()
+            return heartbeat.lost.is_set() or heartbeat.status == "paused" or stopping.is_set()
 
         def check(start: int, stop: int) -> None:
             heartbeat.check()
-            if stopping.is_set():
+            if should_stop():
                 raise AskedToStop
             patiently(lambda session: lifecycle.note_rows(session, shard, shard.start + start, shard.start + stop))
 
@@ -252,30 +253,42 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
                 answers.take(read_part(storage(), shard.answers_key))
                 chunk_rows = RETRY_CHUNK_ROWS
             answers.ask_all(check, _pieces(shard, chunk_rows))
-        except (AskedToStop, TeacherAway) as reason:
-            if heartbeat.lost.is_set():
-                raise LeaseLost from None
-            away = str(reason) if isinstance(reason, TeacherAway) else None
-            cost = answers.cost if answers else None
+            heartbeat.check()
+            _store(storage(), shard, answers.table(shard.start))
+            figures = answers.figures(shard)
 
-            def give_back(session: Session) -> None:
-                lifecycle.release_shard(session, shard, cost=cost)
+            def finish(session: Session) -> None:
+                lifecycle.finish_shard(session, shard, figures)
+                known = session.get_one(LabelSet, label_set.id, with_for_update=True)
+                known.confidence_method, known.report = teacher.confidence_method, teacher.report()
+
+            with recording:
+                patiently(finish)
+        except AWAY:  # nothing can be recorded
+            raise
+        except Exception as reason:
+            away = _away(reason) if isinstance(reason, TeacherAway | StorageAway) else None
+            gives_back = away is not None or isinstance(reason, AskedToStop | LeaseLost)
+            spent = (answers.so_far(shard), answers.in_vain()) if answers else None
+
+            def break_off(session: Session) -> None:
+                if spent is not None:
+                    lifecycle.note_spent(session, shard, spent[0], **spent[1])
+                if gives_back:
+                    lifecycle.release_shard(session, shard, call=away is None)
                 if away is not None:
-                    lifecycle.note_teacher_away(session, shard.label_set_id, away)
+                    lifecycle.note_away(session, shard.label_set_id, *away)
 
-            patiently(give_back)
-            raise LeaseLost from None
-        heartbeat.check()
-        _store(storage(), shard, answers.table(shard.start))
-        figures = answers.figures(shard)
+            with recording:
+                patiently(break_off)
+            if gives_back:
+                raise LeaseLost from None
+            raise
 
-        def finish(session: Session) -> None:
-            lifecycle.finish_shard(session, shard, figures)
-            known = session.get_one(LabelSet, label_set.id, with_for_update=True)
-            known.confidence_method, known.report = teacher.confidence_method, teacher.report()
 
-        with recording:
-            patiently(finish)
+def _away(reason: TeacherAway | StorageAway) -> tuple[str, str]:
+    """What labeling waits for, and why."""
+    return ("storage" if isinstance(reason, StorageAway) else "teacher"), str(reason).rstrip(".")
 
 
 def _chunks(count: int, size: int) -> Iterator[tuple[int, int]]:
@@ -328,9 +341,8 @@ def ready_teacher(
     Raises WorkFailed, TeacherAway or AskedToStop.
     """
     global _loaded
-    teacher = teacher_for(spec, names, fingerprint)
+    teacher = teacher_for(spec, names, fingerprint, should_stop)
     if isinstance(teacher, EndpointTeacher):
-        teacher.should_stop = should_stop
         found = labels.fingerprint(spec.teacher, names, teacher.revision)
         if found != fingerprint:
             _loaded = (found, teacher)
@@ -341,10 +353,11 @@ def ready_teacher(
 _loaded: tuple[str, Teacher] | None = None
 
 
-def teacher_for(spec: JobSpec, names: list[Label], fingerprint: str) -> Teacher:
+def teacher_for(spec: JobSpec, names: list[Label], fingerprint: str, should_stop: Callable[[], bool]) -> Teacher:
     """The job's teacher; the last one stays loaded, as a worker labels many shards of a job in a row."""
     global _loaded
     if _loaded is not None and _loaded[0] == fingerprint:
+        _loaded[1].should_stop = should_stop
         return _loaded[1]
     _loaded = None
     source = None
@@ -356,6 +369,7 @@ def teacher_for(spec: JobSpec, names: list[Label], fingerprint: str) -> Teacher:
             allow_hub=settings().allow_hub,
         )
     teacher: Teacher = TEACHERS[spec.teacher.kind](spec.teacher, names, source)
+    teacher.should_stop = should_stop
     if isinstance(teacher, Lbl2VecTeacher):
         dataset = patiently(lambda session: session.get_one(Dataset, spec.dataset_id))
         teacher.learn(read_rows(storage(), dataset, 0, min(dataset.rows, teacher.documents)))
@@ -383,7 +397,8 @@ class Answers:
         self.seconds = self.seconds_saved = 0.0
         self.tokens_saved = self.rows_from_cache = 0
         self.cost: float | None = None
-        self._tokens_in_vain = 0
+        self._tokens_spent = self._tokens_in_vain = 0
+        self._seconds_in_vain = 0.0
         self._paid: set[bytes] = set()
         self._keys: list[bytes] = []
         if teacher.cacheable:
@@ -395,8 +410,6 @@ class Answers:
             if row["error"] is None:
                 self.probabilities[number] = np.asarray(row["probabilities"], np.float32)
                 self.sources[number], self.tokens[number] = row["source"], row["tokens"]
-            else:
-                self._tokens_in_vain += row["tokens"]
 
     def ask_all(self, check: Callable[[int, int], None], pieces: Iterable[tuple[int, int]]) -> None:
         """Answer every open row, piece by piece; `check` is called with a piece before it, what it raises ends the work."""
@@ -428,6 +441,7 @@ class Answers:
             return known, mine, self._of_the_gate(session, known)
 
         known, mine, taken = patiently(claim)
+        ended: Exception | None = None
         errors: dict[bytes, tuple[str, int]] = {}
         if mine:
             asked = sorted(wanted[key] for key in mine)
@@ -443,8 +457,6 @@ class Answers:
                 labels.release(session, self.tenant, self.fingerprint, sorted(mine - answers.keys()), self.owner)
 
             patiently(remember)
-            if ended is not None:
-                raise ended
             known = known | answers
             taken |= set(answers)
         left = []
@@ -457,6 +469,8 @@ class Answers:
                 self._paid.add(key)
             else:
                 left.append(number)
+        if ended is not None:
+            raise ended
         return left
 
     def _label(
@@ -485,7 +499,10 @@ class Answers:
                 answers[self._keys[number]] = labels.Answer(
                     said.probabilities[position], int(said.tokens[position]), seconds / len(numbers), self.bill
                 )
-        self.seconds += seconds * (1 if not self.teacher.cacheable else len(errors) / len(numbers))
+        # What is not in the cache is not found again: should this attempt not finish, it was spent in vain.
+        in_vain = seconds * (len(errors) / len(numbers) if self.teacher.cacheable else 1)
+        self.seconds += in_vain
+        self._seconds_in_vain += in_vain
         return answers, errors, said.ended
 
     def _keep(self, numbers: Sequence[int], began: float, arrived: dict[int, endpoint.Answer]) -> None:
@@ -513,6 +530,7 @@ class Answers:
         if paid and key not in self._paid:
             self._paid.add(key)
             self.seconds += answer.seconds
+            self._tokens_spent += answer.tokens
             self._note(number, answer.probabilities, "teacher", answer.tokens)
             return
         self.rows_from_cache += 1
@@ -527,11 +545,22 @@ class Answers:
     def _fail(self, number: int, error: str, tokens: int = 0) -> None:
         self.sources[number] = "teacher" if self.teacher.cacheable else "dataset"
         self.errors[number], self.tokens[number] = error, tokens
+        self._tokens_spent += tokens
+        self._tokens_in_vain += tokens
 
-    def so_far(self) -> dict[str, Any]:
+    def so_far(self, shard: LabelShard) -> dict[str, Any]:
         """What the job shows while a shard is being labeled."""
-        answered = sum(source is not None for source in self.sources)
-        return {"rows_done": answered, "tokens": sum(self.tokens), "seconds": round(self.seconds, 4)}
+        return {
+            "rows_done": sum(source is not None for source in self.sources),
+            "tokens": self._tokens_spent + shard.tokens_in_vain,
+            "seconds": round(self.seconds + shard.seconds_in_vain, 4),
+        }
+
+    def in_vain(self) -> dict[str, Any]:
+        """What this attempt has paid that no later one would find in the cache; `cost` is all it has paid."""
+        return {
+            "cost": self.cost, "tokens_in_vain": self._tokens_in_vain, "seconds_in_vain": self._seconds_in_vain,
+        }  # fmt: skip
 
     def dense(self, classes: int) -> np.ndarray:
         """(N, C) float32 distributions; NaN where there is none."""
@@ -545,10 +574,10 @@ class Answers:
         return {
             "rows_from_cache": self.rows_from_cache + (before.rows_from_cache if before else 0),
             "rows_failed": sum(error is not None for error in self.errors),
-            "tokens": sum(self.tokens) + self._tokens_in_vain,
+            "tokens": self._tokens_spent + shard.tokens_in_vain + (before.tokens if before else 0),
             "tokens_saved": self.tokens_saved + (before.tokens_saved if before else 0),
             "cost": self.cost,
-            "seconds": round(self.seconds + (before.seconds if before else 0.0), 4),
+            "seconds": round(self.seconds + shard.seconds_in_vain + (before.seconds if before else 0.0), 4),
             "seconds_saved": round(self.seconds_saved + (before.seconds_saved if before else 0.0), 4),
         }
 

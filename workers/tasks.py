@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from app import lifecycle, queue
 from app.config import settings
 from app.db import AWAY, patiently, session_scope
+from app.errors import StorageAway
 from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Job
 from workers.celery_app import celery, stopping, worker_name
@@ -109,6 +110,9 @@ def _record_end(job_id: str, attempt: int, error: Exception) -> None:
         raise error
     if isinstance(error, Stopped):
         patiently(lambda session: lifecycle.stop(session, lifecycle.held(session, job_id, attempt)))
+        return
+    if isinstance(error, StorageAway):
+        patiently(lambda session: lifecycle.wait_for_storage(session, lifecycle.held(session, job_id, attempt)))
         return
     if isinstance(error, AWAY):
         log.error("database_stayed_away", attempt=attempt, error=str(error))

@@ -361,6 +361,31 @@ def test_labeling_goes_on_through_pause_and_resume_of_the_job(job_id: str) -> No
     assert {shard.attempt for shard in shards_of(job_id)} == {1}
 
 
+def test_a_labeler_hears_of_a_pause_and_calls_another_where_the_job_goes_on_already(job_id: str) -> None:
+    shard = claim_shard(job_id)
+    assert shard is not None
+
+    def renewed() -> str:
+        with session_scope() as session:
+            return lifecycle.renew_shard(session, shard)
+
+    def released() -> int:
+        empty_broker()
+        with session_scope() as session:
+            lifecycle.release_shard(session, shard, call=True)
+        return messages(LABEL)
+
+    assert renewed() == "running"
+    move("pause", job_id)
+    assert renewed() == "paused"
+    assert released() == 0, "nobody is to label a paused job"
+    move("resume", job_id)
+    shard = claim_shard(job_id)
+    assert shard is not None
+    assert renewed() == "running"
+    assert released() == 1
+
+
 def test_a_job_whose_last_shard_ended_during_the_pause_goes_on_to_training(job_id: str) -> None:
     shards = [claim_shard(job_id) for _ in range(3)]
     move("pause", job_id)

@@ -27,7 +27,7 @@ from workers.algorithms import label_tree
 from workers.teachers import causal_lm
 from workers.teachers.causal_lm import CausalLMTeacher
 from workers.teachers.prompts import build_prompt
-from workers.teachers.teacher import Row
+from workers.teachers.teacher import AskedToStop, Row
 
 SHARING = [
     Label(name=name) for name in ("calendar", "calendar_update", "calendar event", "food", "sports and food", "7")
@@ -202,6 +202,39 @@ def test_a_row_that_alone_does_not_fit_is_an_error_to_hear_of(tmp_path: Path, mo
     monkeypatch.setattr(causal_lm.prefix_attention, "forward", no_device)
     with pytest.raises(torch.OutOfMemoryError):
         teacher.label(ROWS)
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_asked_to_stop_it_keeps_what_is_read_and_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    teacher = make(tmp_path)
+    monkeypatch.setattr(teacher, "_tokens_per_batch", 1)
+    if not shares:
+        monkeypatch.setattr(teacher._prompts[0], "shared", None)
+    expected = teacher.label(ROWS)
+    answers = iter([False] * 3 + [True] * 9)
+    teacher.should_stop = lambda: next(answers)
+    said = teacher.label(ROWS)
+    assert isinstance(said.ended, AskedToStop)
+    assert (len(said.unasked), said.errors) == (len(ROWS) - 3, {})
+    for number in range(len(ROWS)):
+        if number in said.unasked:
+            assert np.isnan(said.probabilities[number]).all()
+        else:
+            np.testing.assert_allclose(said.probabilities[number], expected.probabilities[number], atol=1e-6)
+            assert said.tokens[number] == expected.tokens[number]
+
+
+def test_a_prior_that_was_not_read_to_the_end_is_not_used(tmp_path: Path) -> None:
+    teacher = make(tmp_path, prior_correction=True)
+    expected = make(tmp_path, prior_correction=True).label(ROWS).probabilities
+    answers = iter([False])  # for the row's own batch
+    teacher.should_stop = lambda: next(answers, True)
+    with pytest.raises(AskedToStop):
+        teacher.label(ROWS[:1])
+    teacher.should_stop = lambda: False
+    np.testing.assert_allclose(teacher.label(ROWS).probabilities, expected, atol=1e-6)
 
 
 def test_labels_of_one_token_cost_no_token(tmp_path: Path) -> None:

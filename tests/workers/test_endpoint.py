@@ -628,6 +628,7 @@ def test_a_worker_that_shuts_down_while_it_waits_keeps_what_is_answered(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configure(monkeypatch, world, timeout_seconds=30)
+    monkeypatch.setattr(teaching, "STOP_SECONDS", 0.2)
     rows = sentences(12, 1, labeled=False)
     world.faults = {row["text"]: ["hang"] for row in rows[9:]}
     job_id = submit(spec(add_dataset(rows)))
@@ -649,6 +650,7 @@ def test_a_worker_that_shuts_down_while_it_waits_keeps_what_is_answered(
 
 def test_a_cancelled_job_stops_waiting_for_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(monkeypatch, world, timeout_seconds=30)
+    monkeypatch.setattr(teaching, "STOP_SECONDS", 0.2)
     monkeypatch.setattr(settings(), "lease_seconds", 0.3)
     world.faults = {"": ["hang"] * 50}
     job_id = submit(spec(add_dataset(sentences(4, 1, labeled=False))))
@@ -660,6 +662,39 @@ def test_a_cancelled_job_stops_waiting_for_answers(world: World, monkeypatch: py
     worker.join(10)
     assert not worker.is_alive()
     assert job_of(job_id).status == "cancelled"
+
+
+@pytest.mark.parametrize("verb", ["pause", "cancel"])
+def test_what_is_on_its_way_when_a_job_is_stopped_is_waited_for_and_not_paid_twice(
+    world: World, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    configure(monkeypatch, world, concurrency=2, price_per_million_input_tokens=1e6)
+    monkeypatch.setattr(settings(), "lease_seconds", 0.3)
+    rows = sentences(40, 1, labeled=False)
+    job_id = submit(spec(add_dataset(rows), labeling={"smoke_gate": False}))
+    world.answer_seconds = 0.3
+    worker = threading.Thread(target=label, args=(job_id,))
+    worker.start()
+    wait_until(lambda: len(world.asked()) > 2, what="rows are asked about")
+    with session_scope() as session:
+        {"pause": lifecycle.pause, "cancel": lifecycle.cancel}[verb](session, session.get_one(Job, job_id))
+    worker.join(10)
+    assert not worker.is_alive()
+    asked = world.asked()
+    assert 2 < len(asked) < 40
+    with session_scope() as session:
+        assert session.scalar(select(func.count()).select_from(LabelCache)) == len(asked)
+    shard = shards_of(job_id)[0]
+    assert (shard.status, shard.rows_done) == ("pending", len(asked))
+    # At 1 a token of the prompts.
+    assert shard.tokens > shard.cost > 0
+
+    world.answer_seconds = 0.0
+    with session_scope() as session:
+        {"pause": lifecycle.resume, "cancel": lifecycle.retry}[verb](session, session.get_one(Job, job_id))
+    label(job_id)
+    assert job_of(job_id).phase == "training"
+    assert sorted(world.asked()) == sorted(row["text"] for row in rows)
 
 
 def test_asking_to_stop_is_heard_while_the_ability_is_looked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

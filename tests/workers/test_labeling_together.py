@@ -279,6 +279,65 @@ def test_rows_tokens_and_pace_are_told_while_a_shard_is_being_labeled(
         assert (phase.done, phase.total) == (12, 12)
 
 
+def test_a_pause_frees_the_worker_between_two_batches_and_nothing_is_paid_twice(
+    teacher: type[WordTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "lease_seconds", 0.3)
+    rows = sentences(16, 1, labeled=False)
+    teacher.broken = Counter({rows[2]["text"]: 1})
+    job_id = submit(ungated(add_dataset(rows)))
+
+    def pause(texts: list[str]) -> None:
+        if len(teacher.asked) == 8:
+            with session_scope() as session:
+                lifecycle.pause(session, session.get_one(Job, job_id))
+            threading.Event().wait(0.5)
+
+    teacher.hook = staticmethod(pause)
+    label(job_id)
+    assert job_of(job_id).status == "paused"
+    shard = shards_of(job_id)[0]
+    assert (shard.status, shard.lease_expires_at, shard.lost_workers) == ("pending", None, 0)
+    told = figures(job_id)
+    assert len(teacher.asked) == 8
+    assert (told["tokens"], shard.rows_done, shard.tokens_in_vain) == (80, 8, 10)
+    assert claims() == 0
+    label(job_id)
+    assert len(teacher.asked) == 8, "nobody labels a paused job"
+
+    with session_scope() as session:
+        lifecycle.resume(session, session.get_one(Job, job_id))
+    label(job_id)
+    assert Counter(teacher.asked) == Counter([row["text"] for row in rows] + [rows[2]["text"]])
+    assert job_of(job_id).phase == "training"
+    # Sixteen answers, and one question in vain.
+    told = figures(job_id)
+    assert (told["tokens"], told["rows_from_cache"], told["rows_failed"]) == (170, 0, 0)
+
+
+def test_the_bill_of_a_shard_that_was_given_back_has_every_try_on_it(
+    teacher: type[WordTeacher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = sentences(8, 1, labeled=False)
+    teacher.broken = Counter({rows[0]["text"]: 4})
+    job_id = submit(ungated(add_dataset(rows)))
+    for _ in range(2):
+        stopping = threading.Event()
+        teacher.hook = staticmethod(lambda texts, stopping=stopping: stopping.set())
+        labeling.label_job(job_id, "leaving", stopping)
+        assert shards_of(job_id)[0].status == "pending"
+    # The first row twice in vain, three answers, and the next worker has not come yet.
+    assert (figures(job_id)["tokens"], shards_of(job_id)[0].tokens_in_vain) == (50, 20)
+    assert shards_of(job_id)[0].seconds > shards_of(job_id)[0].seconds_in_vain > 0
+    teacher.hook = staticmethod(lambda texts: None)
+    label(job_id)
+    # It fails twice more, the second time as the row that is tried again at the end.
+    told = figures(job_id)
+    assert teacher.asked.count(rows[0]["text"]) == 4
+    assert (told["tokens"], told["rows_failed"]) == (110, 1)
+    assert shards_of(job_id)[0].tokens_in_vain == 0
+
+
 # --- rows that failed are asked about once more -----------------------------------------------------------------------
 
 

@@ -26,11 +26,12 @@ from app.options import (
 )
 from tests.llms import tiny_llama
 from tests.openai_server import ALTERNATIVES, World, serving
-from workers.teachers import TEACHERS, Row, Teacher, linear_head
+from workers.teachers import TEACHERS, Row, Teacher, embedding, linear_head
 from workers.teachers.embedding import Encoder, pair_features
 from workers.teachers.lbl2vec import Lbl2VecTeacher as Lbl2Vec
 from workers.teachers.lbl2vec import label_vector
 from workers.teachers.linear_head import View
+from workers.teachers.teacher import AskedToStop, never
 
 LABELS = [Label(name="sports"), Label(name="food", description="cooking and eating"), Label(name="money")]
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -166,6 +167,23 @@ def test_the_order_of_rows_does_not_matter(teachers: dict[str, Teacher], name: s
 @EVERY_KIND
 def test_the_report_can_be_stored_as_json(teachers: dict[str, Teacher], name: str) -> None:
     assert json.loads(json.dumps(teachers[name].report(), allow_nan=False))["mode"]
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "embedding", "lbl2vec"])
+def test_a_model_that_is_asked_to_stop_does_so_between_batches_and_answers_the_next_time(
+    teachers: dict[str, Teacher], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "BATCH_SIZE", 2)
+    teacher, before = teachers[name], teachers[name].label(ROWS)
+    teacher.should_stop = lambda: True
+    try:
+        ended: Exception | None = teacher.label(ROWS).ended
+    except AskedToStop as stopped:
+        ended = stopped
+    finally:
+        teacher.should_stop = never
+    assert isinstance(ended, AskedToStop)
+    np.testing.assert_allclose(teacher.label(ROWS).probabilities, before.probabilities, atol=1e-5)
 
 
 # --- lbl2vec --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ one forward pass reads a batch of rows together with the tree of their labels (a
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from workers.teachers.few_shot import Prompts
 from workers.teachers.prefix_attention import Branches, CannotShare, SharedPrefix, read_prefix, sharing
 from workers.teachers.prompt_tokens import PROBES, PromptTokens, TextAndPair
 from workers.teachers.prompts import Prompt
-from workers.teachers.teacher import Labeled, Row
+from workers.teachers.teacher import AskedToStop, Labeled, Row, never
 
 log = structlog.get_logger()
 
@@ -55,6 +55,7 @@ class CausalLMTeacher:
         """Load the model and read the prompt. Raises WorkFailed: prompt_too_long, labels_read_alike, quantisation_unavailable."""
         if source is None:
             raise ValueError("a causal_lm teacher needs a model")
+        self.should_stop: Callable[[], bool] = never
         self._options = options
         self._classes = len(labels)
         self.model, self.tokenizer = load(source, options.precision)
@@ -68,16 +69,18 @@ class CausalLMTeacher:
         self._cut = 0
 
     def label(self, rows: list[Row]) -> Labeled:
-        """Probabilities (N, C) for N rows; equal rows are read once."""
+        """Probabilities (N, C) for N rows; equal rows are read once. Asked to stop, it leaves the batches not begun."""
         texts = list(dict.fromkeys((row.text, row.text_pair) for row in rows))
         probabilities, tokens = self._probabilities(texts, self._few_shot.assign(texts))
         place = {text: number for number, text in enumerate(texts)}
         order = [place[row.text, row.text_pair] for row in rows]
         probabilities, tokens = probabilities[order], tokens[order]
-        unusable = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
+        unusable = ~np.isfinite(probabilities).all(axis=1)
         probabilities[unusable] = np.nan
         reason = "the model's numbers are not finite; choose precision bf16 or fp32"
-        return Labeled(probabilities, tokens, {int(row): reason for row in unusable})
+        errors = {int(row): reason for row in np.flatnonzero(unusable & (tokens > 0))}
+        unasked = frozenset(np.flatnonzero(tokens == 0).tolist())
+        return Labeled(probabilities, tokens, errors, unasked=unasked, ended=AskedToStop() if unasked else None)
 
     def report(self) -> dict[str, Any]:
         reader = self._prompts[0]
@@ -105,7 +108,7 @@ class CausalLMTeacher:
         )
 
     def _probabilities(self, texts: Sequence[TextAndPair], prompts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C) float32 and the tokens read, (N,) int32, of texts under the prompts of these numbers."""
+        """(N, C) float32 and the tokens read, (N,) int32, of texts under the prompts of these numbers; see _scores."""
         scores = np.zeros((len(texts), self._classes), np.float32)
         tokens = np.zeros(len(texts), np.int32)
         for number, reader in enumerate(self._prompts):
@@ -123,28 +126,36 @@ class CausalLMTeacher:
         """(C,) what the model answers to texts that say nothing: contextual calibration, Zhao et al. 2021."""
         if (prompt, pair) not in self._priors:
             empty: list[TextAndPair] = [(text, text if pair else None) for text in CONTENT_FREE]
-            scores, _ = self._scores(self._prompts[prompt], empty)
+            scores, read = self._scores(self._prompts[prompt], empty)
+            if not read.all():
+                raise AskedToStop
             shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
             self._priors[prompt, pair] = (shifted / shifted.sum(axis=1, keepdims=True)).mean(axis=0)
         return self._priors[prompt, pair]
 
     def _scores(self, reader: _PromptReader, texts: Sequence[TextAndPair]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean log-probabilities (N, C) float32 and tokens read (N,) int32."""
+        """Mean log-probabilities (N, C) float32 and tokens read (N,) int32; NaN and 0 for texts left because it was to stop."""
         encoded = reader.tokens.encode(texts)
         self._cut += encoded.cut
         rows, nodes = encoded.rows, len(reader.tree.tokens)
+        scores = torch.full((len(texts), self._classes), torch.nan)
+        read = np.zeros(len(texts), np.int32)
         if reader.shared is None:
-            whole = [[*reader.tokens.prefix[:shared], *own] for shared, own in rows]
-            read = [len(ids) * self._classes + sum(map(len, reader.labels)) for ids in whole]
-            return plain_scores(self.model, whole, reader.labels).numpy(), np.array(read, np.int32)
-        scores = torch.empty(len(texts), self._classes)
+            for number, (shared, own) in enumerate(rows):
+                if self.should_stop():
+                    break
+                ids = [*reader.tokens.prefix[:shared], *own]
+                scores[number] = plain_scores(self.model, [ids], reader.labels)[0]
+                read[number] = len(ids) * self._classes + sum(map(len, reader.labels))
+            return scores.numpy(), read
         order = sorted(range(len(rows)), key=lambda row: (rows[row][0], len(rows[row][1])))
         waiting = list(self._batches(order, rows, nodes))[::-1]
-        while waiting:
+        while waiting and not self.should_stop():
             batch = waiting.pop()
             try:
                 with sharing(self.model):
                     scores[batch] = reader.scores([rows[row] for row in batch]).cpu()
+                read[batch] = [len(rows[row][1]) + nodes for row in batch]
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if len(batch) == 1 or not _out_of_memory(error):
                     raise
@@ -155,8 +166,7 @@ class CausalLMTeacher:
                 continue
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        read = [len(own) + nodes for _, own in rows]
-        return scores.numpy(), np.array(read, np.int32)
+        return scores.numpy(), read
 
     def _batches(self, order: Sequence[int], rows: Sequence[tuple[int, list[int]]], nodes: int) -> Iterator[list[int]]:
         """Rows of one shared length, near in length, as many as the budget of tokens and logits holds."""

@@ -10,7 +10,7 @@ import numpy as np
 from app import options as spec
 from app.options import Label
 from app.pretrained import Source
-from workers.teachers.teacher import Labeled, Row
+from workers.teachers.teacher import Labeled, Row, never
 
 TOLERANCE = 1e-6
 
@@ -22,6 +22,7 @@ class DatasetTeacher:
     cacheable = False
 
     def __init__(self, options: spec.DatasetTeacher, labels: list[Label], source: Source | None = None) -> None:
+        self.should_stop = never
         self._default_confidence = options.default_confidence
         self._index = {label.name: number for number, label in enumerate(labels)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from app.options import Label
 from app.pretrained import Source
 from workers.teachers import linear_head
 from workers.teachers.linear_head import LinearHead, View
-from workers.teachers.teacher import Labeled, Row
+from workers.teachers.teacher import AskedToStop, Labeled, Row, never
 
 ZERO_SHOT_TEMPERATURE = 0.05
 BATCH_SIZE = 32
@@ -35,7 +36,8 @@ class EmbeddingTeacher:
     def __init__(self, options: spec.EmbeddingTeacher, labels: list[Label], source: Source | None) -> None:
         if source is None:
             raise ValueError("an embedding teacher needs the model it embeds with")
-        self._encoder = Encoder(source)
+        self.should_stop: Callable[[], bool] = never
+        self._encoder = Encoder(source, lambda: self.should_stop())
         self._temperature = options.temperature or ZERO_SHOT_TEMPERATURE
         self._prompts = self._encoder.embed(
             [options.template.replace("{label}", label.description or label.name) for label in labels]
@@ -46,7 +48,7 @@ class EmbeddingTeacher:
         self.confidence_method = "linear_head_calibrated" if self._head else "cosine_softmax"
 
     def label(self, rows: list[Row]) -> Labeled:
-        """Probabilities (N, C) for N rows; equal rows are embedded once. No row is refused."""
+        """Probabilities (N, C) for N rows; equal rows are embedded once. No row is refused. Raises AskedToStop."""
         texts = list(dict.fromkeys((row.text, row.text_pair) for row in rows))
         if not texts:
             return Labeled(np.zeros((0, len(self._prompts.last)), np.float32), np.zeros(0, np.int32), {})
@@ -115,7 +117,8 @@ class Embedded:
 class Encoder:
     """A sentence-transformers model that also reads texts longer than its window."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, should_stop: Callable[[], bool] = never) -> None:
+        self._should_stop = should_stop
         self._model = SentenceTransformer(
             str(source.path or source.name),
             revision=source.revision if source.kind == "hub" else None,
@@ -146,6 +149,8 @@ class Encoder:
         last: list[np.ndarray] = []
         middle: list[np.ndarray] = []
         for start in range(0, len(order), BATCH_SIZE):
+            if start and self._should_stop():
+                raise AskedToStop
             inputs = self._model.preprocess([pieces[number] for number in order[start : start + BATCH_SIZE]])
             inputs = {
                 name: value.to(self._model.device) if isinstance(value, torch.Tensor) else value

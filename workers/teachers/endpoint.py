@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from app.options import Label
 from app.pretrained import Source
 from workers.teachers.endpoint_client import ATTEMPTS, EndpointClient, RowRefused
 from workers.teachers.few_shot import Prompts
-from workers.teachers.teacher import AskedToStop, Labeled, Row
+from workers.teachers.teacher import AskedToStop, Labeled, Row, never
 
 LABELS_PER_REQUEST = 32
 """Prompts in one request to `/completions`."""
@@ -42,6 +43,8 @@ CHECK_SECONDS = 0.2
 """How often a teacher that is waiting for answers looks whether it should stop."""
 TELL_SECONDS = 1.0
 """How often what was answered so far is put into safety: a worker that is killed loses no more than this."""
+STOP_SECONDS = 5.0
+"""How long rows that were begun may still get their answer when it should stop: what is on its way is paid for."""
 NOT_WORDS = re.compile(r"[\W_]+")
 
 
@@ -72,8 +75,7 @@ class EndpointTeacher:
     cacheable = True
 
     def __init__(self, options: spec.EndpointTeacher, labels: list[Label], source: Source | None = None) -> None:
-        self.should_stop: Callable[[], bool] = lambda: False
-        """Asked while answers are waited for; the shard's worker sets it."""
+        self.should_stop: Callable[[], bool] = never
         self.on_answers: Callable[[dict[int, Answer]], None] = lambda answers: None
         """Told while others are waited for: the answers that came since it was last told, by their rows' places."""
         endpoint = settings().endpoints.get(options.endpoint)
@@ -127,7 +129,8 @@ class EndpointTeacher:
                 arrived.clear()
                 told_at = time.monotonic()
 
-        tasks, ended = self._loop.run(self._together([ask(*entry) for entry in enumerate(rows)], tell))
+        works = [partial(ask, number, row) for number, row in enumerate(rows)]
+        tasks, ended = self._loop.run(self._together(works, tell, at_once=self._rows_at_once, to_the_end=STOP_SECONDS))
         probabilities = np.full((len(rows), len(self._prompt.answers)), np.nan, np.float32)
         tokens = np.zeros(len(rows), np.int32)
         errors: dict[int, str] = {}
@@ -174,7 +177,7 @@ class EndpointTeacher:
 
     def _find_ability(self) -> Ability:
         if self._ability is None:
-            tasks, ended = self._loop.run(self._together([find_ability(self._client, self._endpoint)]))
+            tasks, ended = self._loop.run(self._together([partial(find_ability, self._client, self._endpoint)]))
             if ended is not None:
                 raise ended
             with session_scope() as session:
@@ -182,20 +185,36 @@ class EndpointTeacher:
         if self._client.canary is None:
             self._client.canary = canary(self._endpoint, self._ability)
         if self.confidence_method == "prompt_logprobs" and not self._label_tokens:
-            tasks, ended = self._loop.run(self._together([self._count_label_tokens(self._ability)]))
+            tasks, ended = self._loop.run(self._together([partial(self._count_label_tokens, self._ability)]))
             if ended is not None:
                 raise ended
             self._label_tokens = tasks[0].result()
         return self._ability
 
-    async def _together(
-        self, works: Sequence[Coroutine[Any, Any, Any]], meanwhile: Callable[[], None] = lambda: None
-    ) -> tuple[list[asyncio.Task[Any]], Exception | None]:
-        """Do all at once, until one ends with more than RowRefused or the teacher should stop; then cancel the rest.
+    @property
+    def _rows_at_once(self) -> int:
+        """Twice as many as keep every connection busy: a row that waits to be asked again leaves its turn to another."""
+        requests = self._options.samples if self.confidence_method == "sampled_frequency" else 1
+        return max(1, 2 * self._endpoint.concurrency // requests)
 
-        `meanwhile` is called every CHECK_SECONDS.
+    async def _together(
+        self, works: Sequence[Callable[[], Coroutine[Any, Any, Any]]], meanwhile: Callable[[], None] = lambda: None, *,
+        at_once: int = 1, to_the_end: float = 0.0,
+    ) -> tuple[list[asyncio.Task[Any]], Exception | None]:  # fmt: skip
+        """Do all, so many at once, until one ends with more than RowRefused or the teacher should stop; cancel the rest.
+
+        `meanwhile` is called every CHECK_SECONDS. When it should stop, those that have begun may go on for `to_the_end`
+        seconds.
         """
-        tasks = [asyncio.ensure_future(work) for work in works]
+        places = asyncio.Semaphore(at_once)
+        begun: set[asyncio.Task[Any] | None] = set()
+
+        async def do(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+            async with places:
+                begun.add(asyncio.current_task())
+                return await work()
+
+        tasks = [asyncio.ensure_future(do(work)) for work in works]
         pending: set[asyncio.Task[Any]] = set(tasks)
         ended: BaseException | None = None
         while pending and ended is None:
@@ -204,6 +223,9 @@ class EndpointTeacher:
             ended = next((error for error in errors if error is not None and not isinstance(error, RowRefused)), None)
             if ended is None and pending and self.should_stop():
                 ended = AskedToStop()
+                for task in pending - begun:
+                    task.cancel()
+                _, pending = await asyncio.wait(pending, timeout=to_the_end)
             meanwhile()
         for task in pending:
             task.cancel()

@@ -5,6 +5,7 @@ Published code adds outlier cleaning, which does nothing for sentence embeddings
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from app import options as spec
 from app.options import Label
 from app.pretrained import Source
 from workers.teachers.embedding import ZERO_SHOT_TEMPERATURE, Encoder
-from workers.teachers.teacher import Labeled, Row
+from workers.teachers.teacher import Labeled, Row, never
 
 
 class Lbl2VecTeacher:
@@ -27,7 +28,8 @@ class Lbl2VecTeacher:
     def __init__(self, options: spec.Lbl2VecTeacher, labels: list[Label], source: Source | None) -> None:
         if source is None:
             raise ValueError("this teacher needs the model it embeds with")
-        self._encoder = Encoder(source)
+        self.should_stop: Callable[[], bool] = never
+        self._encoder = Encoder(source, lambda: self.should_stop())
         self._options = options
         self._labels = np.stack([self._mean(self._keywords(label)) for label in labels])
         """(C, D) unit vectors: of the keywords, and once it has learned, of the labels."""
@@ -36,7 +38,10 @@ class Lbl2VecTeacher:
         """How many rows `learn` is to be given at most."""
 
     def learn(self, rows: list[Row]) -> None:
-        """Take each label's vector from the texts near its keywords; to be called once, with the unlabeled rows."""
+        """Take each label's vector from the texts near its keywords; to be called once, with the unlabeled rows.
+
+        Raises AskedToStop.
+        """
         texts = list(dict.fromkeys(map(_joined, rows)))
         documents = self._encoder.embed(texts).last
         found = [
@@ -50,7 +55,7 @@ class Lbl2VecTeacher:
         self._counts = [count for _, count in found]
 
     def label(self, rows: list[Row]) -> Labeled:
-        """Probabilities (N, C) for N rows; no row is refused."""
+        """Probabilities (N, C) for N rows; no row is refused. Raises AskedToStop."""
         if not rows:
             return Labeled(np.zeros((0, len(self._labels)), np.float32), np.zeros(0, np.int32), {})
         read = self._encoder.embed([_joined(row) for row in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +46,12 @@ class TeacherAway(Exception):
 
 
 class AskedToStop(Exception):
-    """The worker is stopping or has lost its shard, and the teacher has left the rest of the rows."""
+    """The worker is stopping, has lost its shard, or the job is paused; the teacher has left the rest of the rows."""
+
+
+def never() -> bool:
+    """For a teacher that nobody asks to stop."""
+    return False
 
 
 class Teacher(Protocol):
@@ -53,6 +59,8 @@ class Teacher(Protocol):
 
     cacheable: bool
     """Whether equal texts get equal answers, whatever dataset they stand in."""
+    should_stop: Callable[[], bool]
+    """Set by the shard's worker. A teacher that takes long asks it between batches; then `label` ends with AskedToStop."""
 
     def __init__(self, options: Any, labels: list[Label], source: Source | None) -> None: ...
 
