@@ -36,6 +36,18 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every operation that schemathesis tests a node id of its own.
+
+    By pytest 9.2 they all have the same, and pytest-xdist runs one test for each id.
+    """
+    fuzzed = [item for item in items if getattr(item, "operation_label", None) is not None]
+    for item in fuzzed:
+        if item.id.params is None:
+            item._id = item.id.with_params(item.operation_label)
+    assert len({item.nodeid for item in fuzzed}) == len(fuzzed)
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(FILES, ignore_errors=True)
 
