@@ -67,6 +67,11 @@ def job_specs(spec: ComparisonSpec) -> list[JobSpec]:
 
 
 def _check_shared(spec: ComparisonSpec, faults: Faults) -> None:
+    if spec.labeling.waves is not None:
+        faults.note(
+            "/labeling/waves", "shared_by_all_arms",
+            "the runs of a comparison share their labels, so no student can decide how many there are; leave it out",
+        )  # fmt: skip
     if "seed" in spec.training.model_fields_set:
         faults.note("/training/seed", "shared_by_all_arms", "name the seeds in `seeds`, once for all arms")
     for position, arm in enumerate(spec.arms):

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import labels
+from app import labels, waves
 from app.config import settings
 from app.measurements import SAMPLE_ROWS, Found
 from app.models import Job, JobPhase, LabelSet, LabelShard
@@ -138,7 +138,8 @@ def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     epochs, method = plan.spec.training.epochs, plan.spec.method
     if isinstance(method, TeacherFirst):
         epochs += (method.teacher_epochs or epochs) * (2 if isinstance(method, TAKD) else 1)
-    return plan.datasets["train"].rows * epochs / rate, measured
+    # With waves, the most it can be: every wave's student is trained anew on all rows so far.
+    return sum(waves.ends(plan.datasets["train"].rows, plan.spec.labeling.waves)) * epochs / rate, measured
 
 
 def _cost(plan: Plan, tokens: int, rows: int) -> float | None:

@@ -6,7 +6,8 @@
              cancel   │  │  │ resume / retry    │  │  └─────────────────▶ failed
                       ▼  │  │                   │  │ pause
                cancelled │  └──────── paused ◀─ pausing
-                      ▲  │ worker lost          │
+                      ▲  │ worker lost, next    │
+                      │  │ wave of labels       │
                       └──┴───── cancelling ◀────┘ cancel
 
 Labeling is shared by many workers: each claims a shard and its writes hold only while the shard's `attempt` is its
@@ -21,12 +22,25 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, String, Subquery, Table, any_, bindparam, func, or_, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    String,
+    Subquery,
+    Table,
+    any_,
+    bindparam,
+    delete,
+    func,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.orm import Session, lazyload
 from sqlalchemy.orm.attributes import set_committed_value
 
-from app import endpoints, webhooks
+from app import endpoints, waves, webhooks
 from app.config import settings
 from app.errors import IllegalMove, NotFound
 from app.models import (
@@ -105,10 +119,20 @@ def eta_seconds(job: Job) -> float | None:
 
 _COUNTED = (LabelShard.rows_from_cache, LabelShard.rows_failed, LabelShard.tokens, LabelShard.tokens_saved)
 _TIMED = (LabelShard.seconds, LabelShard.seconds_saved)
+_SIZE = LabelShard.stop - LabelShard.start
+_OF_TRAIN: dict[str, ColumnElement[Any]] = {
+    "asked": func.sum(_SIZE).filter(LabelShard.status.not_in(("withheld", "skipped")), LabelShard.split == "train"),
+    "withheld": func.sum(_SIZE).filter(LabelShard.status == "withheld"),
+    "done": func.sum(LabelShard.rows_done).filter(LabelShard.split == "train"),
+    "tokens": func.sum(LabelShard.tokens).filter(LabelShard.split == "train"),
+    "cost": func.sum(LabelShard.cost).filter(LabelShard.split == "train"),
+}
+"""What waves are told by; all are null where there is no such shard."""
 _SPENT = (
     select(
         *(func.coalesce(func.sum(column), 0).label(column.key) for column in (*_COUNTED, *_TIMED)),
         func.sum(LabelShard.cost).label("cost"),
+        *(total.label(f"train_{name}") for name, total in _OF_TRAIN.items()),
     )
     .where(LabelShard.label_set_id == Job.label_set_id)
     .correlate(Job)
@@ -156,7 +180,8 @@ def _phase(columns: dict[str, Any]) -> JobPhase:
 
 
 def _labeling_figures(job: Job, *sums: Any) -> dict[str, Any]:
-    *counts, seconds, saved, cost = sums
+    *counts, seconds, saved, cost = sums[: -len(_OF_TRAIN)]
+    of_train = sums[-len(_OF_TRAIN) :]
     return {
         "labels": [label["name"] for label in job.label_set.labels],
         "confidence_method": job.label_set.confidence_method,
@@ -166,7 +191,22 @@ def _labeling_figures(job: Job, *sums: Any) -> dict[str, Any]:
         "seconds_saved": round(saved, 3),
         **_labeling_pace(job),
         "gate": job.label_set.gate,
+        "waves": _wave_figures(job, *of_train),
         "teacher": job.label_set.report,
+    }
+
+
+def _wave_figures(job: Job, asked: Any, withheld: Any, done: Any, tokens: Any, cost: float | None) -> Any:
+    """How many train rows were asked about, and what the others would have cost at the same price a row; null without waves."""
+    if not job.spec.get("labeling", {}).get("waves"):
+        return None
+    share = int(withheld or 0) / int(done) if done else 0.0
+    return {
+        "history": job.waves,
+        "rows_asked": int(asked or 0),
+        "rows_withheld": int(withheld or 0),
+        "tokens_withheld": round(int(tokens or 0) * share),
+        "cost_withheld": None if cost is None else round(cost * share, 6),
     }
 
 
@@ -177,6 +217,7 @@ def _labeling_pace(job: Job) -> dict[str, float | None]:
     if phase is None or phase.started_at is None or phase.done == 0:
         return pace
     elapsed = ((phase.finished_at or now()) - phase.started_at).total_seconds()
+    elapsed -= sum(wave["seconds"] for wave in job.waves if wave["stopped"] is None)
     if elapsed > 0:
         pace["rows_per_second"] = round(phase.done / elapsed, 3)
         if job.status == "running" and phase.finished_at is None:
@@ -303,18 +344,22 @@ def _cut(plan: Plan, label_set_id: str) -> list[LabelShard]:
         rows = dataset.rows
         if split == "train" and (limit := plan.spec.budget.max_labeled_rows) is not None:
             rows = min(rows, limit)
-        for start in range(0, rows, settings().shard_rows):
-            stop = min(start + settings().shard_rows, rows)
-            shards.append(
-                LabelShard(
-                    label_set_id=label_set_id,
-                    index=len(shards),
-                    dataset_id=dataset.id,
-                    split=split,
-                    start=start,
-                    stop=stop,
+        begin = 0
+        for wave, end in enumerate(waves.ends(rows, plan.spec.labeling.waves if split == "train" else None), 1):
+            for start in range(begin, end, settings().shard_rows):
+                shards.append(
+                    LabelShard(
+                        label_set_id=label_set_id,
+                        index=len(shards),
+                        dataset_id=dataset.id,
+                        split=split,
+                        start=start,
+                        stop=min(start + settings().shard_rows, end),
+                        wave=wave,
+                        status="pending" if wave == 1 else "withheld",
+                    )
                 )
-            )
+            begin = end
     return shards
 
 
@@ -632,7 +677,7 @@ def _apply_budget(session: Session, waiting: list[Job]) -> None:
             update(LabelShard)
             .where(
                 LabelShard.label_set_id == job.label_set_id, LabelShard.split == "train",
-                LabelShard.status == "pending", LabelShard.answered_attempt.is_(None),
+                LabelShard.status.in_(("pending", "withheld")), LabelShard.answered_attempt.is_(None),
             )
             .values(status="skipped")
             .returning(LabelShard.stop - LabelShard.start)
@@ -815,6 +860,10 @@ def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
     )
     if open_shards or _try_failed_rows_again(session, waiting):
         return
+    withheld = _rows_withheld(session, waiting[0])
+    message = "Every row is labeled."
+    if withheld:
+        message = f"{withheld} rows are held back until a student has learned from the others."
     for job in waiting:
         if job.status == "paused":
             continue
@@ -822,7 +871,7 @@ def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
         phase = session.get(JobPhase, (job.id, "labeling"), populate_existing=True)
         if phase is not None:
             phase.started_at, phase.finished_at = phase.started_at or now(), now()
-        emit(session, job.id, "labeling.finished", "Every row is labeled.")
+        emit(session, job.id, "labeling.finished", message)
         enqueue_on_commit(session, TRAIN, job.id)
 
 
@@ -849,6 +898,67 @@ def _try_failed_rows_again(session: Session, waiting: list[Job]) -> bool:
         each.enqueued_at = now()
     enqueue_on_commit(session, LABEL, job.id, copies=min(len(failed), LABEL_MESSAGES))
     return True
+
+
+# --- waves: back to labeling when a student asks for more -----------------------------------------------------------
+
+
+def _rows_withheld(session: Session, job: Job) -> int:
+    rows = func.coalesce(func.sum(LabelShard.stop - LabelShard.start), 0)
+    of_set = LabelShard.label_set_id == job.label_set_id
+    return int(session.scalar(select(rows).where(of_set, LabelShard.status == "withheld")) or 0)
+
+
+def end_wave(session: Session, job: Job, shown: dict[str, Any]) -> bool:
+    """Record what the student of a held job has shown of the labels so far. True when the job now waits for more of them.
+
+    shown: `wave` and what waves.reason_to_stop reads. Shown again, after a worker was lost, it changes nothing.
+    """
+    if any(wave["wave"] == shown["wave"] for wave in job.waves):
+        return False
+    wish = JobSpec.model_validate(job.spec).labeling.waves
+    assert wish is not None
+    _apply_budget(session, [job])
+    withheld = _rows_withheld(session, job)
+    reason = waves.reason_to_stop([*job.waves, shown], wish) if withheld else "there are no more rows to ask about"
+    labeling = session.get_one(JobPhase, (job.id, "labeling"), populate_existing=True)
+    seconds = (now() - (labeling.finished_at or now())).total_seconds()
+    job.waves = [*job.waves, {**shown, "seconds": round(seconds, 3), "stopped": reason}]
+    figures = {"wave_selected": float(shown["selected"])}
+    if shown["macro_f1"] is not None:
+        figures["wave_macro_f1"] = shown["macro_f1"]
+    # By rows instead of steps: the series are learning curves.
+    record_metrics(session, job.id, shown["rows"], float(shown["wave"]), {**figures})
+    told = f"Wave {shown['wave']}, {shown['rows']} rows asked about: {shown['selected']} selected"
+    told += ", nothing to score yet" if shown["macro_f1"] is None else f", validation macro-F1 {shown['macro_f1']:.4f}"
+    if reason is not None:
+        labeling.total = labeling.done
+        job.metrics = {**job.metrics, **figures}
+        emit(session, job.id, "labeling.stopped", f"{told}. No more rows are asked about: {reason}.",
+             **shown, rows_withheld=withheld)  # fmt: skip
+        return False
+    rows = _open_next_wave(session, job)
+    labeling.finished_at = None
+    # The next student starts anew, and so do its figures; what this one was stays in `waves` and in the events.
+    of_steps = ~JobMetric.name.startswith("wave_", autoescape=True)
+    session.execute(delete(JobMetric).where(JobMetric.job_id == job.id, of_steps))
+    session.execute(delete(JobPhase).where(JobPhase.job_id == job.id, JobPhase.name == "training"))
+    job.phase, job.selection, job.metrics, job.lost_workers = "labeling", None, figures, 0
+    emit(session, job.id, "labeling.wave", f"{told}. {rows} more rows are asked about.", **shown, rows_more=rows)
+    _requeue(session, job)
+    return True
+
+
+def _open_next_wave(session: Session, job: Job) -> int:
+    of_set = (LabelShard.label_set_id == job.label_set_id, LabelShard.status == "withheld")
+    opened = session.scalars(
+        update(LabelShard)
+        .where(*of_set, LabelShard.wave == select(func.min(LabelShard.wave)).where(*of_set).scalar_subquery())
+        .values(status="pending")
+        .returning(LabelShard.stop - LabelShard.start)
+        .execution_options(synchronize_session=False)
+    )
+    return sum(opened.all())
 
 
 # --- training: one worker, one attempt ------------------------------------------------------------------------------

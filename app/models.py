@@ -173,7 +173,7 @@ class LabelShard(Base):
 
     __tablename__ = "label_shards"
     __table_args__ = (
-        CheckConstraint("status IN ('pending', 'claimed', 'done', 'skipped')", name="status"),
+        CheckConstraint("status IN ('withheld', 'pending', 'claimed', 'done', 'skipped')", name="status"),
         Index(
             "ix_label_shards_open", "label_set_id", "index", postgresql_where=text("status IN ('pending', 'claimed')")
         ),
@@ -185,6 +185,8 @@ class LabelShard(Base):
     split: Mapped[str] = mapped_column(String(16))
     start: Mapped[int] = mapped_column(BigInteger)
     stop: Mapped[int] = mapped_column(BigInteger)
+    wave: Mapped[int] = mapped_column(Integer, default=1)
+    """Counted from 1; those after the first are `withheld` until the student asks for them."""
     status: Mapped[str] = mapped_column(String(16), default="pending")
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     answered_attempt: Mapped[int | None] = mapped_column(Integer)
@@ -339,6 +341,8 @@ class Job(Base):
     arm: Mapped[str | None] = mapped_column(String(100))
     """The name of the comparison's arm that this job is a run of."""
     warnings: Mapped[list[Any]] = mapped_column(default=list)
+    waves: Mapped[list[Any]] = mapped_column(default=list)
+    """What the student of each wave of labels has shown; see app/waves.py."""
     selection: Mapped[dict[str, Any] | None]
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)
     evaluation: Mapped[dict[str, Any] | None]

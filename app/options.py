@@ -627,11 +627,28 @@ class Budget(Options):
     """Claim no further shard of train rows once labeling has taken this long, added up over all workers."""
 
 
+class Waves(Options):
+    """Ask about the train rows in waves, train a student after each, and stop when another wave would not help."""
+
+    rows: Annotated[int, Field(ge=16, le=10**9)] = 1000
+    """Train rows of the first wave."""
+    growth: Annotated[float, Field(ge=1, le=10)] = 2.0
+    """Each wave has so many times the rows of the one before."""
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Stop when validation macro-F1, from 0 to 1, has risen by less than this."""
+    patience: Annotated[int, Field(ge=1, le=100)] = 1
+    """Over so many waves."""
+    min_selected: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Stop when the number of rows that the method selects at least once has grown by less than this share of a wave's rows."""
+
+
 class Labeling(Options):
     """How the teacher is asked."""
 
     smoke_gate: bool = True
     """Ask about the first rows first, and fail early when the teacher says the same of all or does not beat chance."""
+    waves: Waves | None = None
+    """Null: about all rows before anything is trained."""
 
 
 def _http_url(value: str) -> str:

@@ -81,6 +81,11 @@ def check(session: Session, tenant: str, spec: JobSpec, settings: Settings) -> P
     faults.refuse()
     for split, dataset in datasets.items():
         warnings += [{**warning, "split": split} for warning in dataset.warnings]
+    if spec.labeling.waves is not None and "validation" not in datasets:
+        warnings.append({
+            "code": "waves_without_validation", "split": "train",
+            "message": "there is no validation set, so waves are judged by agreement with the teacher on rows held back, which are others in each wave",
+        })  # fmt: skip
     scored: list[str] = [
         split
         for split in ("validation", "test")

@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 STUDENTS = {
     "scratch": options.Student(model="scratch", num_layers=2, hidden_size=128, max_length=64),
     options.DEFAULT_STUDENT: options.Student(max_length=64),
+    "its first 3 layers": options.Student(num_layers=3, max_length=64),
 }
 
 
@@ -146,7 +147,7 @@ def run(task: Task, wanted: dict[str, Any]) -> dict[str, Any]:
     method = TypeAdapter(options.Method).validate_python(wanted["method"])
     training = options.Training(
         epochs=wanted["epochs"],
-        learning_rate=wanted.get("learning_rate", options.LEARNING_RATES[wanted["student"]]),
+        learning_rate=wanted.get("learning_rate", options.LEARNING_RATES[wish.model]),
         seed=wanted["seed"],
         precision=wanted["precision"],
     )
@@ -167,6 +168,7 @@ def run(task: Task, wanted: dict[str, Any]) -> dict[str, Any]:
         "macro_f1": 100 * float(metrics.macro_f1(gold["test"], predicted)),
         "validation_macro_f1": 100 * training_run.progress.best_score,
         "ratio": 100 * selection["ratio"],
+        "selected": int((training_run.ledger.selected > 0).sum()),
         "epoch_ratios": [epoch["ratio"] for epoch in selection["epochs"]],
         "seconds": training_run.progress.seconds,
     }

@@ -282,6 +282,7 @@ OPTION_TABLES = {
     "`training`": options.Training,
     "`budget`": options.Budget,
     "`labeling`": options.Labeling,
+    "`labeling.waves`": options.Waves,
     "`webhook`": options.Webhook,
     "`few_shot`": options.FewShot,
     "The comparison spec": options.ComparisonSpec,

@@ -150,7 +150,7 @@ def _influence(happened: Ledger, labels: Sequence[str]) -> dict[str, Any]:
 def publish_checkpoint(
     files: Storage, job: Job, dataset: Dataset, student: Student, *, step: int, epoch: float, metrics: dict[str, Any],
     evaluation: dict[str, Any], selection: dict[str, Any], teacher: dict[str, Any],
-    label_report: dict[str, Any] | None, check: Callable[[], None],
+    label_report: dict[str, Any] | None, waves: dict[str, Any] | None, check: Callable[[], None],
 ) -> Checkpoint:  # fmt: skip
     """Pack the student as one tar and store it. The row that is returned is for the caller to add: file first.
 
@@ -168,6 +168,7 @@ def publish_checkpoint(
         facts = {
             "checkpoint_id": checkpoint_id, "job_id": job.id, "step": step, "epoch": epoch, "metrics": metrics,
             "evaluation": evaluation, "selection": selection, "teacher": teacher, "label_report": label_report,
+            "waves": waves,
             # Checkpoints are passed on; a webhook's URL may be known to its owner alone.
             "spec": {name: value for name, value in job.spec.items() if name != "webhook"},
             "dataset": {"id": dataset.id, "sha256": dataset.sha256, "rows": dataset.rows},

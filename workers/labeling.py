@@ -615,7 +615,7 @@ def read_part(files: Storage, key: str) -> pa.Table:
 
 
 def read_labels(files: Storage, shards: Sequence[LabelShard], split: str, rows: int) -> pa.Table:
-    """Every answer for one split, in row order; rows beyond the budget have none. Columns as SCHEMA."""
+    """Every answer for one split, in row order; rows beyond the budget, or a wave, have none. Columns as SCHEMA."""
     parts = []
     for shard in shards:
         if shard.split == split and shard.answers_key is not None:
@@ -623,10 +623,11 @@ def read_labels(files: Storage, shards: Sequence[LabelShard], split: str, rows: 
     table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
     missing = np.setdiff1d(np.arange(rows), table.column("row").to_numpy())
     if len(missing):
-        columns = {
-            "row": pa.array(missing, pa.int64()),
-            "error": pa.array(["beyond the labeling budget"] * len(missing), pa.string()),
-        }
+        withheld = [shard for shard in shards if shard.split == split and shard.status == "withheld"]
+        first, last = (withheld[0].start, withheld[-1].stop) if withheld else (0, 0)
+        unasked = f"not asked: the waves of labels have not gone beyond row {first - 1}"
+        why = [unasked if first <= row < last else "beyond the labeling budget" for row in missing.tolist()]
+        columns = {"row": pa.array(missing, pa.int64()), "error": pa.array(why, pa.string())}
         nulls = {name: pa.nulls(len(missing), SCHEMA.field(name).type) for name in SCHEMA.names if name not in columns}
         unlabeled = pa.table({**columns, **nulls}).select(SCHEMA.names).cast(SCHEMA)
         table = pa.concat_tables([table, unlabeled]).sort_by("row")

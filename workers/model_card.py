@@ -58,6 +58,7 @@ def model_card(facts: dict[str, Any], source: Source) -> str:
         "|---|---|---|---|",
         *(f"| {e['epoch']} | {e['seen']:,} | {e['selected']:,} | {e['ratio']:.1%} |" for e in selection["epochs"]),
         "",
+        *_waves(facts["waves"]),
         *_labels(facts["label_report"]),
         "## Where it comes from",
         "",
@@ -132,6 +133,27 @@ def _abstention(calibration: dict[str, Any] | None) -> list[str]:
             f"| {point['coverage']:.0%} | {point['threshold']:.4f} | {point['accuracy']:.4f}"
             f" | {'' if point['with_teacher'] is None else format(point['with_teacher'], '.4f')} |"
             for point in curve["points"]
+        ),
+        "",
+    ]
+
+
+def _waves(waves: dict[str, Any] | None) -> list[str]:
+    """What the teacher was not asked about, and why."""
+    if waves is None or not waves["history"]:
+        return []
+    cost = "" if waves["cost_withheld"] is None else f" and {waves['cost_withheld']:g} in the operator's currency"
+    saved = f", which saved about {waves['tokens_withheld']:,} tokens{cost}" if waves["rows_withheld"] else ""
+    return [
+        f"The teacher was asked in waves, about {waves['rows_asked']:,} rows in all and not about {waves['rows_withheld']:,}"
+        f"{saved}. It ended there because {waves['history'][-1]['stopped']}.",
+        "",
+        "| wave | rows asked about | of them selected | validation macro-F1 |",
+        "|---|---|---|---|",
+        *(
+            f"| {wave['wave']} | {wave['rows']:,} | {wave['selected']:,}"
+            f" | {'' if wave['macro_f1'] is None else format(wave['macro_f1'], '.4f')} |"
+            for wave in waves["history"]
         ),
         "",
     ]

@@ -22,7 +22,7 @@ from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
 from app.options import PKD, TAKD, FeedsBack, JobSpec, LLMTeacher, TaughtByEncoder, TeacherAlone
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
-from workers import artifacts, calibration, label_report
+from workers import artifacts, calibration, label_report, waves
 from workers.labeling import read_labels
 from workers.reporter import Reporter, Stopped
 from workers.training import resume
@@ -49,6 +49,7 @@ class Material:
     answers: dict[str, pa.Table]
     """What the teacher said about each labeled split."""
     teacher_report: dict[str, Any]
+    shards: list[LabelShard]
 
     def texts(self, split: str) -> list[str]:
         return self.tables[split].column("text").to_pylist()
@@ -91,10 +92,15 @@ def run_job(job: Job, report: Reporter) -> None:
         score_alone(job, files, material, report)
         return
     probabilities = material.probabilities("train")
-    _refuse_a_constant_teacher(material, probabilities)
+    wave = waves.current(job.waves, material.shards)
     tell_calibration(job, material, report)
-    splits = split_rows(material, report)
-    _refuse_an_empty_split(material, splits)
+    try:
+        splits = usable_splits(material, probabilities, report)
+    except WorkFailed as failure:
+        is_mended = failure.code in waves.MENDED_BY_MORE_ROWS and wave.is_followed
+        if is_mended and _end_wave(job, waves.shown(wave, probabilities, None), report):
+            return
+        raise
     student = _encoder(material, material.spec.student)
     _tell_parameters(student, report)
     teacher, assistant, teacher_tokens = None, None, None
@@ -143,6 +149,7 @@ def run_job(job: Job, report: Reporter) -> None:
         )  # fmt: skip
 
     run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels), teacher, assistant)
+    run.progress.wave = wave.number
     if resume.restore(run, files, job.id):
         report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
 
@@ -169,12 +176,27 @@ def run_job(job: Job, report: Reporter) -> None:
         )  # fmt: skip
     report.selection(run.progress.selection())
     try:
+        if material.spec.labeling.waves is not None and _end_wave(job, waves.shown(wave, probabilities, run), report):
+            return
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
         about_labels = report_labels(job, files, material, run, tokens["train"], taught_rows, report)
         _publish(job, files, material, run, evaluation, about_labels, report)
     except Stopped:
         save(run)
         raise
+
+
+def _end_wave(job: Job, shown: dict[str, Any], report: Reporter) -> bool:
+    """Whether the job waits for more labels now, and is no longer this worker's. Raises Stopped and LeaseLost."""
+    report.flush()
+
+    def end(session: Session) -> bool:
+        held = lifecycle.held(session, job.id, report.attempt)
+        if held.status != "running":
+            raise Stopped(held.status)
+        return lifecycle.end_wave(session, held, shown)
+
+    return patiently(end)
 
 
 def gather(job: Job, files: Storage) -> Material:
@@ -196,6 +218,7 @@ def gather(job: Job, files: Storage) -> Material:
         tables={split: artifacts.read_table(files, dataset) for split, dataset in datasets.items()},
         answers={split: read_labels(files, shards, split, datasets[split].rows) for split in scored},
         teacher_report={"confidence_method": label_set.confidence_method, **label_set.report},
+        shards=shards,
     )
     calibrate_teacher(material)
     return material
@@ -260,6 +283,14 @@ def split_rows(material: Material, report: Reporter) -> Splits:
         groups, labeled, validation, seed=seed, validation_share=training.validation_share,
         feedback_share=method.feedback_share, feedback_from=method.feedback_from,
     )  # fmt: skip
+
+
+def usable_splits(material: Material, probabilities: NDArray[np.float32], report: Reporter) -> Splits:
+    """Who does what, once it is sure that there is something to do. Raises WorkFailed with what is missing."""
+    _refuse_a_constant_teacher(material, probabilities)
+    splits = split_rows(material, report)
+    _refuse_an_empty_split(material, splits)
+    return splits
 
 
 def _refuse_a_constant_teacher(material: Material, probabilities: NDArray[np.float32]) -> None:
@@ -522,10 +553,11 @@ def _publish(
     """Pack the checkpoint, then record it and the job's end in one transaction."""
     report.phase("packaging", 1)
     metrics = final_metrics(evaluation)
+    about_waves = patiently(lambda session: lifecycle.show(session, [job.id])[0].labeling["waves"])
     checkpoint = artifacts.publish_checkpoint(
         files, job, material.datasets["train"], run.student, step=run.progress.best_step, epoch=run.progress.best_epoch,
         metrics=metrics, evaluation=evaluation, selection=run.progress.selection(), teacher=material.teacher_report,
-        label_report=about_labels, check=report.check,
+        label_report=about_labels, waves=about_waves, check=report.check,
     )  # fmt: skip
     # At the step of the checkpoint they belong to: at the last step they would overwrite that epoch's own score.
     report.metrics(run.progress.best_step, run.progress.best_epoch, metrics)

@@ -81,6 +81,39 @@ class SelectionRead(Read):
     epochs: list[EpochSelection]
 
 
+class WaveRead(Read):
+    """What the student of one wave of labels has shown."""
+
+    wave: int
+    """Counted from 1."""
+    rows: int
+    """Train rows asked about up to it."""
+    selected: int
+    """Of those, trained on at least once."""
+    macro_f1: float | None
+    """On the validation rows; null where nothing could be trained."""
+    drifted: bool
+    """Whether its labels were mixed otherwise than those of the waves before."""
+    seconds: float
+    """From its last label to the decision."""
+    stopped: str | None
+    """Why no further wave was asked about; null when one was."""
+
+
+class WavesRead(Read):
+    """Labeling in waves."""
+
+    history: list[WaveRead]
+    rows_asked: int
+    """Train rows that the teacher was or is being asked about."""
+    rows_withheld: int
+    """Train rows that it was not asked about, or not yet."""
+    tokens_withheld: int
+    """What they would have cost in tokens, at the mean of the rows asked about."""
+    cost_withheld: float | None
+    """The same in the operator's currency; null where the teacher has no price."""
+
+
 class LabelingRead(Read):
     """What the teacher did for this job."""
 
@@ -100,6 +133,8 @@ class LabelingRead(Read):
     """Seconds of labeling to go at this pace; null when it is not labeling."""
     gate: dict[str, Any] | None
     """What the first rows told of the teacher; null before that, and without a gate."""
+    waves: WavesRead | None
+    """Null when all rows are asked about before anything is trained."""
     cost: float | None
     """What the endpoint's answers cost, in the operator's currency; null where it has no price."""
     teacher: dict[str, Any]

@@ -72,7 +72,7 @@ def save(run: Run, files: Storage, job_id: str, confirm: Callable[[], object] = 
 
 
 def restore(run: Run, files: Storage, job_id: str) -> bool:
-    """Put a begun run where the saved one was. False, and nothing changed, when nothing was saved."""
+    """Put a begun run where the saved one was. False, and nothing changed, when nothing was saved of this wave of labels."""
     if not files.exists(key(job_id)):
         return False
     with files.local_copy(key(job_id)) as path, safe_open(path, "pt") as state:
@@ -81,6 +81,8 @@ def restore(run: Run, files: Storage, job_id: str) -> bool:
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = state.get_tensor(name).clone()
         facts = json.loads(state.metadata()["facts"])
+    if facts["progress"].get("wave", 1) != run.progress.wave:
+        return False
     run.student.model.load_state_dict(groups["model"])
     run.best_weights = groups.get("best")
     run.rule_state = groups.get("rule", {})

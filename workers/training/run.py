@@ -184,6 +184,8 @@ class Interval:
 class Progress:
     """All that the loop remembers between two steps, besides model, optimizer and random state."""
 
+    wave: int = 1
+    """Of labels, that the run began with."""
     epoch: int = 0
     position: int = 0
     """Rows of this epoch's order that are done."""

@@ -1,0 +1,82 @@
+"""What a trainer sees of the waves of labels: which one it trains on, and what its student has shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import chi2_contingency
+
+from app.models import LabelShard
+from workers.training.run import Run
+
+MENDED_BY_MORE_ROWS = {"teacher_constant", "nothing_to_train_on", "nothing_to_choose_by", "nothing_to_feed_back"}
+"""Failures that say that a wave is too small to train on, as long as another follows."""
+DRIFT = 1e-4
+"""Two waves are mixed differently when so large a difference between their labels had this probability by chance."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The last wave that is labeled."""
+
+    number: int
+    """From 1."""
+    first: int
+    """Its first train row."""
+    rows: int
+    """Train rows asked about so far, those of earlier waves included."""
+    is_followed: bool
+    """Whether there are train rows nobody was asked about."""
+
+
+def current(history: Sequence[dict[str, Any]], shards: Sequence[LabelShard]) -> Wave:
+    """The wave that a training of these labels belongs to, after those that are recorded; without waves, the only one.
+
+    A number is never trained under twice with other labels, so that the state it saved is known by it.
+    """
+    train = [shard for shard in shards if shard.split == "train"]
+    asked = [shard for shard in train if shard.status == "done"]
+    last = max((shard.wave for shard in asked), default=1)
+    has_stopped = bool(history) and history[-1]["stopped"] is not None
+    return Wave(
+        number=len(history) if has_stopped else len(history) + 1,
+        first=min((shard.start for shard in asked if shard.wave == last), default=0),
+        rows=sum(shard.stop - shard.start for shard in asked),
+        is_followed=any(shard.status == "withheld" for shard in train),
+    )
+
+
+def shown(wave: Wave, probabilities: NDArray[np.float32], run: Run | None) -> dict[str, Any]:
+    """What lifecycle.end_wave records, and app.waves.reason_to_stop reads; without a run nothing could be trained.
+
+    probabilities: (N, C) the teacher's distributions over the train rows; NaN where there is none.
+    """
+    return {
+        "wave": wave.number,
+        "rows": wave.rows,
+        "selected": 0 if run is None else int((run.ledger.selected > 0).sum()),
+        "macro_f1": None if run is None else run.progress.best_metrics["validation_macro_f1"],
+        "drifted": wave.first > 0 and drifted(probabilities[: wave.first], probabilities[wave.first :]),
+    }
+
+
+def drifted(before: NDArray[np.float32], after: NDArray[np.float32]) -> bool:
+    """Whether the labels of two stretches of rows are mixed differently, beyond chance, as in a file sorted by label.
+
+    (N, C) and (M, C) distributions; NaN where there is none. By the chi-squared test of their counts.
+    """
+    classes = before.shape[1]
+    counts = np.array(
+        [
+            np.bincount(stretch[~np.isnan(stretch[:, 0])].argmax(axis=1), minlength=classes)
+            for stretch in (before, after)
+        ]
+    )
+    counts = counts[:, counts.any(axis=0)]
+    if not counts.any(axis=1).all():
+        return False
+    return bool(chi2_contingency(counts).pvalue < DRIFT)
