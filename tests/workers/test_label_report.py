@@ -44,7 +44,7 @@ def test_rows_that_an_encoder_teacher_learned_from_are_not_called_unseen() -> No
     texts = ["one", "two", "three", "four", "two"]
     table = pa.table({"text": texts, "text_pair": pa.nulls(5, pa.string())})
     spec = JobSpec.model_validate(tiny_spec("ds_" + "0" * 32))
-    material = pipeline.Material(spec, NAMES, {}, {"train": table}, {}, {})
+    material = pipeline.Material(spec, NAMES, {}, {"train": table}, {}, {}, [])
     selected, nobody = np.array([1, 0, 0, 0, 0], np.int32), np.zeros(0, np.int64)
     assert pipeline._never_trained(material, selected, nobody).tolist() == [False, True, True, True, True]
     # The fifth row has the text of the second.
