@@ -371,6 +371,11 @@ def _check_alone(spec: JobSpec, faults: Faults) -> None:
             "the teacher alone is scored, but this one says nothing about the test set; choose another teacher than "
             "'dataset', with score_held_out",
         )  # fmt: skip
+    if spec.labeling.waves is not None:
+        faults.note(
+            "/labeling/waves", "no_student_to_ask_for",
+            "waves go on while a student gains by them, and the teacher alone trains none; leave them out",
+        )  # fmt: skip
 
 
 def _check_models(spec: JobSpec, settings: Settings, faults: Faults) -> str | None:

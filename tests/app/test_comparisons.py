@@ -455,10 +455,19 @@ def test_a_zero_shot_teacher_and_a_student_of_few_gold_labels_stand_in_the_same_
     assert {shard.split for shard in shards_of(job["id"])} == {"test"}, "train rows are looked through, not labeled"
 
 
-@pytest.mark.parametrize("changes", [{"teacher": {"kind": "dataset"}, "labels": []}, {"test_dataset_id": None}])
-def test_a_teacher_that_cannot_be_scored_alone_is_refused(client: TestClient, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"teacher": {"kind": "dataset"}, "labels": []}, ("/method/kind", "nothing_to_score")),
+        ({"test_dataset_id": None}, ("/method/kind", "nothing_to_score")),
+        ({"labeling": {"waves": {"rows": 16}}}, ("/labeling/waves", "no_student_to_ask_for")),
+    ],
+)
+def test_a_teacher_that_cannot_be_scored_alone_is_refused(
+    client: TestClient, changes: dict[str, Any], fault: tuple[str, str]
+) -> None:
     spec = {name: value for name, value in wish().items() if name not in ("arms", "seeds")}
     spec |= {"teacher": {"kind": "embedding"}, "labels": LABELS, "method": {"kind": "teacher_alone"}} | changes
     answer = client.post("/jobs", json=spec)
     assert answer.status_code == 422
-    assert [(fault["pointer"], fault["code"]) for fault in answer.json()["errors"]] == [("/method/kind", "nothing_to_score")]  # fmt: skip
+    assert [(found["pointer"], found["code"]) for found in answer.json()["errors"]] == [fault]
