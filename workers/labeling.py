@@ -399,6 +399,7 @@ class Answers:
         self.cost: float | None = None
         self._tokens_spent = self._tokens_in_vain = 0
         self._seconds_in_vain = 0.0
+        self._kept_at = 0.0
         self._paid: set[bytes] = set()
         self._keys: list[bytes] = []
         if teacher.cacheable:
@@ -480,9 +481,9 @@ class Answers:
 
         A row that hangs on the dataset is noted at once; others are told by their texts.
         """
-        began = time.perf_counter()
+        began = self._kept_at = time.perf_counter()
         if isinstance(self.teacher, EndpointTeacher):
-            self.teacher.on_answers = partial(self._keep, numbers, began)
+            self.teacher.on_answers = partial(self._keep, numbers)
         said = self.teacher.label([self.rows[number] for number in numbers])
         seconds = time.perf_counter() - began
         answers: dict[bytes, labels.Answer] = {}
@@ -505,9 +506,13 @@ class Answers:
         self._seconds_in_vain += in_vain
         return answers, errors, said.ended
 
-    def _keep(self, numbers: Sequence[int], began: float, arrived: dict[int, endpoint.Answer]) -> None:
-        """Put into the cache what a server has answered so far: should this worker be killed, it is not paid for again."""
-        seconds = (time.perf_counter() - began) / len(numbers)
+    def _keep(self, numbers: Sequence[int], arrived: dict[int, endpoint.Answer]) -> None:
+        """Put what a server has answered into the cache: should this worker be killed, it is not paid for again.
+
+        Meanwhile few rows are asked about, and none for long: a database that is away stops the spending.
+        """
+        moment = time.perf_counter()
+        seconds, self._kept_at = (moment - self._kept_at) / len(arrived), moment
         answers = {
             self._keys[numbers[place]]: labels.Answer(
                 answer.probabilities.astype(np.float32), answer.usage.input + answer.usage.output, seconds, self.bill
@@ -515,9 +520,7 @@ class Answers:
             for place, answer in arrived.items()
             if answer.probabilities is not None
         }
-        # A database that is away is not waited for: the answers are kept when all have come, as any teacher's.
-        with contextlib.suppress(*AWAY), session_scope() as session:
-            labels.remember(session, self.tenant, self.fingerprint, answers)
+        patiently(lambda session: labels.remember(session, self.tenant, self.fingerprint, answers))
 
     def _of_the_gate(self, session: Session, known: dict[bytes, labels.Answer]) -> set[bytes]:
         """The gate's answers count for the first shard that finds them."""

@@ -6,6 +6,9 @@ import itertools
 import json
 import logging
 import math
+import os
+import random
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,7 @@ from app.lifecycle import WorkFailed
 from app.models import EndpointAbility, Job, JobEvent, LabelCache
 from app.options import EndpointTeacher, Example, Label
 from app.storage import storage
+from tests.faults.processes import ended, fork
 from tests.openai_server import (
     ALTERNATIVES,
     ECHO,
@@ -40,6 +44,7 @@ from tests.openai_server import (
 from tests.support import (
     TOPICS,
     add_dataset,
+    expire_leases,
     job_of,
     label,
     run,
@@ -646,6 +651,63 @@ def test_a_worker_that_shuts_down_while_it_waits_keeps_what_is_answered(
     label(job_id)
     assert [world.asked().count(row["text"]) for row in rows] == [1] * 9 + [2] * 3
     assert job_of(job_id).phase == "training"
+
+
+def test_a_killed_worker_costs_only_the_rows_it_was_asking_about(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL at random moments: what the server was asked by then, and was asked again later, is told by its own count."""
+    concurrency = 4
+    configure(monkeypatch, world, concurrency=concurrency, timeout_seconds=60.0)
+    monkeypatch.setattr(settings(), "max_attempts", 99)
+    world.answer_seconds = 0.02
+    rows = sentences(300, 1, labeled=False)
+    job_id = submit(spec(add_dataset(rows), labeling={"smoke_gate": False}))
+    luck = random.Random(0)
+    begun = [0]
+    for _ in range(4):
+        enough = begun[-1] + luck.randint(20, 50)
+        worker = fork(lambda: label(job_id))
+        wait_until(lambda enough=enough: len(world.asked()) >= enough, 60, "rows are asked about")
+        time.sleep(luck.uniform(0, 0.05))
+        os.kill(worker, signal.SIGKILL)
+        assert ended(worker) == -signal.SIGKILL
+        wait_until(lambda: world.busy == 0, what="the server has seen the worker go")
+        begun.append(len(world.asked()))
+        expire_leases()
+    label(job_id)
+    assert job_of(job_id).phase == "training"
+    asked = world.asked()
+    assert set(asked) == {row["text"] for row in rows}
+    for start, stop in itertools.pairwise(begun):
+        assert len(set(asked[start:stop])) == stop - start
+        # Those under way, and as many whose answers were on their way into the cache.
+        assert len(set(asked[start:stop]) & set(asked[stop:])) <= 2 * concurrency
+    assert {answer["error"] for answer in answers(job_id, len(rows))} == {None}
+
+
+def test_no_row_is_asked_about_while_no_answer_can_be_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(monkeypatch, world, concurrency=2)
+    one = teacher()
+    one.label(ROWS[:1])
+    del world.requests[:]
+    told: list[dict[int, teaching.Answer]] = []
+    goes_on = threading.Event()
+
+    def keep(arrived: dict[int, teaching.Answer]) -> None:
+        goes_on.wait(20)
+        told.append(arrived)
+
+    one.on_answers = keep
+    worker = threading.Thread(target=one.label, args=[ROWS])
+    worker.start()
+    wait_until(
+        lambda: len(world.asked()) == 4 and world.busy == 0, what="every place is taken, every question answered"
+    )
+    time.sleep(0.2)
+    assert len(world.asked()) == 4
+    goes_on.set()
+    worker.join(10)
+    assert sorted(number for some in told for number in some) == list(range(len(ROWS)))
+    assert max(map(len, told)) > 1, "what comes while others are told goes together"
 
 
 def test_a_cancelled_job_stops_waiting_for_answers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

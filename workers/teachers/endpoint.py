@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -41,8 +40,6 @@ TOP_LOGPROBS = (20, 5)
 LONGEST_ANSWER_TOKENS = 256
 CHECK_SECONDS = 0.2
 """How often a teacher that is waiting for answers looks whether it should stop."""
-TELL_SECONDS = 1.0
-"""How often what was answered so far is put into safety: a worker that is killed loses no more than this."""
 STOP_SECONDS = 5.0
 """How long rows that were begun may still get their answer when it should stop: what is on its way is paid for."""
 NOT_WORDS = re.compile(r"[\W_]+")
@@ -77,7 +74,10 @@ class EndpointTeacher:
     def __init__(self, options: spec.EndpointTeacher, labels: list[Label], source: Source | None = None) -> None:
         self.should_stop: Callable[[], bool] = never
         self.on_answers: Callable[[dict[int, Answer]], None] = lambda answers: None
-        """Told while others are waited for: the answers that came since it was last told, by their rows' places."""
+        """Told of each answer as it comes, in a thread, by its row's place; several at once if they came during the last call.
+
+        No row begins in the place of one whose answer it has not taken: see `_rows_at_once`.
+        """
         endpoint = settings().endpoints.get(options.endpoint)
         if endpoint is None:
             raise WorkFailed(
@@ -115,42 +115,38 @@ class EndpointTeacher:
         Raises WorkFailed, TeacherAway or AskedToStop while it does not know yet what the server can do.
         """
         ability = self._find_ability()
-        arrived: dict[int, Answer] = {}
-        told_at = time.monotonic()
+        answers: dict[int, Answer] = {}
+        untold: dict[int, Answer] = {}
+        telling = asyncio.Lock()
 
-        async def ask(number: int, row: Row) -> Answer:
-            arrived[number] = answer = await self._ask(row, ability)
-            return answer
-
-        def tell() -> None:
-            nonlocal told_at
-            if arrived and time.monotonic() > told_at + TELL_SECONDS:
-                self.on_answers(dict(arrived))
-                arrived.clear()
-                told_at = time.monotonic()
+        async def ask(number: int, row: Row) -> None:
+            answers[number] = untold[number] = await self._ask(row, ability)
+            async with telling:
+                if number in untold:  # else it was told together with the one before it
+                    some = dict(untold)
+                    untold.clear()
+                    await asyncio.to_thread(self.on_answers, some)
 
         works = [partial(ask, number, row) for number, row in enumerate(rows)]
-        tasks, ended = self._loop.run(self._together(works, tell, at_once=self._rows_at_once, to_the_end=STOP_SECONDS))
+        tasks, ended = self._loop.run(self._together(works, at_once=self._rows_at_once, to_the_end=STOP_SECONDS))
         probabilities = np.full((len(rows), len(self._prompt.answers)), np.nan, np.float32)
         tokens = np.zeros(len(rows), np.int32)
         errors: dict[int, str] = {}
         unasked: set[int] = set()
         total = Usage()
         for number, task in enumerate(tasks):
-            if task.cancelled():
-                unasked.add(number)
-            elif isinstance(error := task.exception(), RowRefused):
-                errors[number] = str(error)
-            elif error is not None:
-                unasked.add(number)
-            else:
-                answer = task.result()
+            error = None if task.cancelled() else task.exception()
+            if (answer := answers.get(number)) is not None:
                 total += answer.usage
                 tokens[number] = answer.usage.input + answer.usage.output
                 if answer.probabilities is None:
                     errors[number] = answer.error
                 else:
                     probabilities[number] = answer.probabilities
+            elif isinstance(error, RowRefused):
+                errors[number] = str(error)
+            else:
+                unasked.add(number)
         cost = self._endpoint.cost(total.input, total.output)
         return Labeled(probabilities, tokens, errors, cost, frozenset(unasked), ended)
 
@@ -193,18 +189,17 @@ class EndpointTeacher:
 
     @property
     def _rows_at_once(self) -> int:
-        """Twice as many as keep every connection busy: a row that waits to be asked again leaves its turn to another."""
+        """Twice as many as keep every connection busy: a row that waits to be asked again, or whose answer is being told,
+        leaves its connection to another. A process that is killed loses no more answers than this."""
         requests = self._options.samples if self.confidence_method == "sampled_frequency" else 1
         return max(1, 2 * self._endpoint.concurrency // requests)
 
     async def _together(
-        self, works: Sequence[Callable[[], Coroutine[Any, Any, Any]]], meanwhile: Callable[[], None] = lambda: None, *,
-        at_once: int = 1, to_the_end: float = 0.0,
-    ) -> tuple[list[asyncio.Task[Any]], Exception | None]:  # fmt: skip
+        self, works: Sequence[Callable[[], Coroutine[Any, Any, Any]]], *, at_once: int = 1, to_the_end: float = 0.0
+    ) -> tuple[list[asyncio.Task[Any]], Exception | None]:
         """Do all, so many at once, until one ends with more than RowRefused or the teacher should stop; cancel the rest.
 
-        `meanwhile` is called every CHECK_SECONDS. When it should stop, those that have begun may go on for `to_the_end`
-        seconds.
+        When it should stop, those that have begun may go on for `to_the_end` seconds.
         """
         places = asyncio.Semaphore(at_once)
         begun: set[asyncio.Task[Any] | None] = set()
@@ -226,7 +221,6 @@ class EndpointTeacher:
                 for task in pending - begun:
                     task.cancel()
                 _, pending = await asyncio.wait(pending, timeout=to_the_end)
-            meanwhile()
         for task in pending:
             task.cancel()
         if pending:
