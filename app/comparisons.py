@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from app import estimates, lifecycle, predictions, preflight, statistics
+from app import estimates, lifecycle, overview, predictions, preflight, statistics
 from app.config import Settings
 from app.errors import Fault, IllegalMove, InvalidSpec, field_faults
-from app.models import Comparison, Job, LabelSet, new_id, now
+from app.models import TERMINAL, Comparison, Job, LabelSet, new_id, now
 from app.options import Arm, ComparisonSpec, JobSpec
 from app.preflight import Faults, Plan
 from app.storage import Storage
@@ -203,9 +203,9 @@ def cancel(session: Session, comparison: Comparison) -> None:
 def status(jobs: Sequence[Job]) -> str:
     """One word for several jobs. Ended with at least one success is `succeeded`: what failed stands in the table."""
     found = {job.status for job in jobs}
-    if found <= set(lifecycle.TERMINAL):
+    if found <= set(TERMINAL):
         return lifecycle.joint_end(found)
-    live = found - set(lifecycle.TERMINAL)
+    live = found - set(TERMINAL)
     if live == {"paused"}:
         return "paused"
     return "queued" if found == {"queued"} else "running"
@@ -213,7 +213,7 @@ def status(jobs: Sequence[Job]) -> str:
 
 def progress(jobs: Sequence[Job]) -> float:
     """From 0 to 1, the mean over the runs; a run that has failed or was cancelled has nothing left to do."""
-    parts = [1.0 if lifecycle.is_terminal(job) else lifecycle.progress(job) for job in jobs]
+    parts = [1.0 if lifecycle.is_terminal(job) else overview.progress(job) for job in jobs]
     return round(sum(parts) / len(parts), 4)
 
 
@@ -273,7 +273,7 @@ def _run(job: Job) -> dict[str, Any]:
         "seed": job.spec["training"]["seed"],
         "job_id": job.id,
         "status": job.status,
-        "progress": lifecycle.progress(job),
+        "progress": overview.progress(job),
         "error": job.error,
         "accuracy": scores.get("accuracy"),
         "macro_f1": scores.get("macro_f1"),

@@ -29,11 +29,10 @@ from sqlalchemy.orm import Session
 
 from app.config import settings
 from app.errors import RateLimited, StorageFull, TooManyJobs, TooManyUploads
-from app.models import ApiKey, Checkpoint, Dataset, Job, Upload
+from app.models import TERMINAL, ApiKey, Checkpoint, Dataset, Job, Upload
 
 NAMES = ("max_requests_per_minute", "max_uploads_at_once", "max_stored_bytes", "max_unfinished_jobs")
 """Fields of Settings, and keys of a key's `limits`."""
-ENDED = ("succeeded", "failed", "cancelled")
 TENANT_LOCK = 0x6C696D69
 """Of PostgreSQL's advisory locks; the second half of the number is the tenant's hash."""
 COUNTER_SECONDS = 0.25
@@ -193,7 +192,7 @@ def check_jobs(session: Session, key: ApiKey, more: int = 1) -> None:
     if most is None:
         return
     _lock(session, key.tenant)
-    unfinished = session.scalar(select(func.count()).where(Job.tenant == key.tenant, Job.status.not_in(ENDED))) or 0
+    unfinished = session.scalar(select(func.count()).where(Job.tenant == key.tenant, Job.status.not_in(TERMINAL))) or 0
     if unfinished + more > most:
         raise TooManyJobs(
             f"{unfinished:,} jobs have not ended, and at most {most:,} may be on their way; wait for one or cancel one."

@@ -31,6 +31,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 JOB_STATUSES = (
     "queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed",
 )  # fmt: skip
+TERMINAL = ("succeeded", "failed", "cancelled")
+"""Statuses in which nothing more happens to a job by itself or by a worker."""
+HELD = ("running", "pausing", "cancelling")
+"""Statuses in which a worker may hold the job."""
 PHASES = ("labeling", "training", "evaluating", "packaging")
 SPLITS = ("train", "validation", "test")
 SCOPES = ("read", "write", "admin")
@@ -486,7 +490,7 @@ class IdempotencyKey(Base):
 
 
 class TenantTurn(Base):
-    """When a tenant's work of one kind was last taken up; whoever has waited longest is next. See app/lifecycle.py."""
+    """When a tenant's work of one kind was last taken up; whoever has waited longest is next. See app/turns.py."""
 
     __tablename__ = "tenant_turns"
 

@@ -1,7 +1,7 @@
 """The Celery producer: task names, queues, and messages that leave only after the commit.
 
 A message carries an id and nothing else. It says that there is work; which job is next, the worker that takes it asks
-the database (lifecycle.in_turn). Losing one is harmless: the scheduler's sweep sends another.
+the database (turns.in_turn). Losing one is harmless: the scheduler's sweep sends another.
 """
 
 from __future__ import annotations

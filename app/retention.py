@@ -21,7 +21,7 @@ from app import lifecycle, limits
 from app.config import settings
 from app.db import session_scope, try_lock
 from app.errors import DatasetInUse, IllegalMove, NotFound
-from app.models import Checkpoint, Comparison, Dataset, IdempotencyKey, Job, LabelSet, Upload
+from app.models import TERMINAL, Checkpoint, Comparison, Dataset, IdempotencyKey, Job, LabelSet, Upload
 from app.storage import Storage
 
 NOBODY = ""
@@ -92,7 +92,7 @@ def delete_dataset(session: Session, storage: Storage, dataset: Dataset) -> None
     # The lock that POST /jobs shares, so that no job can begin to use the dataset meanwhile.
     if session.get(Dataset, dataset.id, with_for_update=True, populate_existing=True) is None:
         raise NotFound
-    if session.scalar(select(_used(dataset.id, Job.status.not_in(lifecycle.TERMINAL)))):
+    if session.scalar(select(_used(dataset.id, Job.status.not_in(TERMINAL)))):
         raise DatasetInUse
     if session.scalar(select(_used(dataset.id))):
         dataset.tenant = NOBODY
@@ -135,7 +135,7 @@ def retain(storage: Storage) -> int:
         if (days := wish.retain_jobs_days) is not None:
             too_old = Job.finished_at < func.now() - timedelta(days=days)
             gone += sum(_delete(storage, job, "too old") for job in _found(_ended_jobs().where(too_old)))
-            recent = _runs(or_(~Job.status.in_(lifecycle.TERMINAL), ~too_old))
+            recent = _runs(or_(~Job.status.in_(TERMINAL), ~too_old))
             gone += sum(_delete(storage, each, "too old") for each in _found(_ended_comparisons().where(~recent)))
         if (days := wish.retain_datasets_days) is not None:
             too_old = Dataset.created_at < func.now() - timedelta(days=days)
@@ -212,13 +212,13 @@ def _forget_answers() -> None:
 
 
 def _ended_jobs() -> Select[Job]:
-    ended = Job.status.in_(lifecycle.TERMINAL)
+    ended = Job.status.in_(TERMINAL)
     return select(Job).where(ended, Job.comparison_id.is_(None)).order_by(Job.finished_at)
 
 
 def _ended_comparisons() -> Select[Comparison]:
     """Those whose runs have all ended."""
-    return select(Comparison).where(~_runs(~Job.status.in_(lifecycle.TERMINAL))).order_by(Comparison.created_at)
+    return select(Comparison).where(~_runs(~Job.status.in_(TERMINAL))).order_by(Comparison.created_at)
 
 
 def _runs(condition: ColumnElement[bool]) -> ColumnElement[bool]:

@@ -23,7 +23,7 @@ import structlog
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import labels, lifecycle, pretrained
+from app import labels, pretrained, shards
 from app.config import settings
 from app.db import AWAY, patiently, session_scope
 from app.errors import StorageAway
@@ -66,27 +66,27 @@ def label_job(job_id: str, worker: str, stopping: threading.Event, *, seconds: f
     """Claim and label shards of the job until there is none left for this worker, or the time is up. How many."""
 
     def claim(session: Session) -> tuple[Job, LabelSet, Dataset, LabelShard] | None:
-        shard = lifecycle.claim_shard(session, job_id, worker)
+        shard = shards.claim(session, job_id, worker)
         if shard is None:
             return None
         label_set = session.get_one(LabelSet, shard.label_set_id)
         return session.get_one(Job, job_id), label_set, session.get_one(Dataset, shard.dataset_id), shard
 
-    shards = 0
+    labeled = 0
     began = time.monotonic()
     if not gate_job(job_id, worker, stopping):
-        return shards
-    while not stopping.is_set() and (shards == 0 or time.monotonic() < began + seconds):
+        return labeled
+    while not stopping.is_set() and (labeled == 0 or time.monotonic() < began + seconds):
         claimed = patiently(claim)
         if claimed is None:
-            return shards
-        shards += 1
+            return labeled
+        labeled += 1
         shard = claimed[-1]
-        with _telling(partial(lifecycle.fail_shard, shard=shard), job_id=job_id, shard=shard.index) as ok:
+        with _telling(partial(shards.fail, shard=shard), job_id=job_id, shard=shard.index) as ok:
             label_shard(*claimed, stopping)
         if not ok:
-            return shards
-    return shards
+            return labeled
+    return labeled
 
 
 def gate_job(job_id: str, worker: str, stopping: threading.Event) -> bool:
@@ -97,7 +97,7 @@ def gate_job(job_id: str, worker: str, stopping: threading.Event) -> bool:
     """
 
     def begin(session: Session) -> tuple[Job, LabelSet, Dataset, Dataset | None, int] | None:
-        job = next((job for job in lifecycle.begin_labeling(session, job_id, worker) if job.id == job_id), None)
+        job = next((job for job in shards.begin_labeling(session, job_id, worker) if job.id == job_id), None)
         if job is None:
             return None
         of_set = LabelShard.label_set_id == job.label_set_id
@@ -114,9 +114,9 @@ def gate_job(job_id: str, worker: str, stopping: threading.Event) -> bool:
     wanted = rows > 0 and job.spec["labeling"]["smoke_gate"] and job.spec["teacher"]["kind"] != "dataset"
     if label_set.gate is not None or not wanted:
         return True
-    with _telling(partial(lifecycle.fail_labeling, label_set_id=label_set.id), job_id=job_id) as ok:
+    with _telling(partial(shards.fail_labeling, label_set_id=label_set.id), job_id=job_id) as ok:
         verdict = _judge(*begun, stopping)
-        patiently(lambda session: lifecycle.pass_gate(session, label_set.id, verdict))
+        patiently(lambda session: shards.pass_gate(session, label_set.id, verdict))
     return bool(ok)
 
 
@@ -130,7 +130,7 @@ def _judge(
 
     def renew() -> str | None:
         with session_scope() as session:
-            lifecycle.keep_labeling(session, label_set.id)
+            shards.keep_labeling(session, label_set.id)
             labels.renew_claims(session, owner, settings().lease_seconds)
         return None
 
@@ -152,7 +152,7 @@ def _judge(
                 answers.ask_all(check, _chunks(len(wanted), CHUNK_ROWS))
             finally:
                 if (cost := answers.cost) is not None:
-                    patiently(lambda session: lifecycle.note_cost(session, label_set.id, cost))
+                    patiently(lambda session: shards.note_cost(session, label_set.id, cost))
             return answers
 
         try:
@@ -174,7 +174,7 @@ def _judge(
             return {"verdict": "skipped", "rows": 0, "message": message}
         except (TeacherAway, StorageAway) as reason:
             away = _away(reason)
-            patiently(lambda session: lifecycle.note_away(session, label_set.id, *away))
+            patiently(lambda session: shards.note_away(session, label_set.id, *away))
             raise LeaseLost from None
     told = f"The teacher tells the first {rows} rows apart"
     if "hits" in verdict:
@@ -227,7 +227,7 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
 
     def renew() -> str:
         with recording, session_scope() as session:
-            status = lifecycle.renew_shard(session, shard, answers.so_far(shard) if answers else None)
+            status = shards.renew(session, shard, answers.so_far(shard) if answers else None)
             if answers:
                 labels.renew_claims(session, answers.owner, settings().lease_seconds)
         return status
@@ -241,7 +241,7 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
             heartbeat.check()
             if should_stop():
                 raise AskedToStop
-            patiently(lambda session: lifecycle.note_rows(session, shard, shard.start + start, shard.start + stop))
+            patiently(lambda session: shards.note_rows(session, shard, shard.start + start, shard.start + stop))
 
         try:
             teacher = _ready_teacher(job, label_set, should_stop)
@@ -258,7 +258,7 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
             figures = answers.figures(shard)
 
             def finish(session: Session) -> None:
-                lifecycle.finish_shard(session, shard, figures)
+                shards.finish(session, shard, figures)
                 known = session.get_one(LabelSet, label_set.id, with_for_update=True)
                 known.confidence_method, known.report = teacher.confidence_method, teacher.report()
 
@@ -273,11 +273,11 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
 
             def break_off(session: Session) -> None:
                 if spent is not None:
-                    lifecycle.note_spent(session, shard, spent[0], **spent[1])
+                    shards.note_spent(session, shard, spent[0], **spent[1])
                 if gives_back:
-                    lifecycle.release_shard(session, shard, call=away is None)
+                    shards.release(session, shard, call=away is None)
                 if away is not None:
-                    lifecycle.note_away(session, shard.label_set_id, *away)
+                    shards.note_away(session, shard.label_set_id, *away)
 
             with recording:
                 patiently(break_off)
@@ -327,7 +327,7 @@ def _ready_teacher(job: Job, label_set: LabelSet, should_stop: Callable[[], bool
         label_set.fingerprint = fingerprint
     if isinstance(teacher, EndpointTeacher) and teacher.confidence_method == "none":
         with session_scope() as session:
-            lifecycle.fail_for_want_of_confidence(session, label_set.id)
+            shards.fail_for_want_of_confidence(session, label_set.id)
         if needs_confidence(spec.method):
             raise AskedToStop
     return teacher

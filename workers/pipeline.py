@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from app import labels as label_cache
-from app import lifecycle, pretrained
+from app import lifecycle, overview, pretrained, shards
 from app.config import settings
 from app.db import patiently
 from app.lifecycle import LeaseLost, WorkFailed
@@ -194,7 +194,7 @@ def _end_wave(job: Job, shown: dict[str, Any], report: Reporter) -> bool:
         held = lifecycle.held(session, job.id, report.attempt)
         if held.status != "running":
             raise Stopped(held.status)
-        return lifecycle.end_wave(session, held, shown)
+        return shards.end_wave(session, held, shown)
 
     return patiently(end)
 
@@ -553,7 +553,7 @@ def _publish(
     """Pack the checkpoint, then record it and the job's end in one transaction."""
     report.phase("packaging", 1)
     metrics = final_metrics(evaluation)
-    about_waves = patiently(lambda session: lifecycle.show(session, [job.id])[0].labeling["waves"])
+    about_waves = patiently(lambda session: overview.show(session, [job.id])[0].labeling["waves"])
     checkpoint = artifacts.publish_checkpoint(
         files, job, material.datasets["train"], run.student, step=run.progress.best_step, epoch=run.progress.best_epoch,
         metrics=metrics, evaluation=evaluation, selection=run.progress.selection(), teacher=material.teacher_report,

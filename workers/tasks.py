@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import structlog
 from sqlalchemy.orm import Session
 
-from app import lifecycle, queue
+from app import lifecycle, queue, turns
 from app.config import settings
 from app.db import AWAY, patiently, session_scope
 from app.errors import StorageAway
@@ -71,7 +71,7 @@ def measure(measurement_id: str) -> None:
 
 
 def _in_turn(task: str, named: str | None = None) -> list[str]:
-    return patiently(lambda session: lifecycle.in_turn(session, task, named))
+    return patiently(lambda session: turns.in_turn(session, task, named))
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def current(history: Sequence[dict[str, Any]], shards: Sequence[LabelShard]) -> 
 
 
 def shown(wave: Wave, probabilities: NDArray[np.float32], run: Run | None) -> dict[str, Any]:
-    """What lifecycle.end_wave records, and app.waves.reason_to_stop reads; without a run nothing could be trained.
+    """What shards.end_wave records, and app.waves.reason_to_stop reads; without a run nothing could be trained.
 
     probabilities: (N, C) the teacher's distributions over the train rows; NaN where there is none.
     """

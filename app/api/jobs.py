@@ -14,7 +14,7 @@ from sqlalchemy import bindparam, false, select
 from sqlalchemy.orm import Session, lazyload, load_only
 from sse_starlette import EventSourceResponse
 
-from app import estimates, labels, ledger, lifecycle, limits, measurements, preflight, retention
+from app import estimates, labels, ledger, lifecycle, limits, measurements, overview, preflight, retention
 from app.api import polls
 from app.api.deps import (
     IdempotencyDep,
@@ -56,7 +56,7 @@ from app.errors import (
     Unprocessable,
     UnsupportedMedia,
 )
-from app.models import Job, JobEvent, JobMetric
+from app.models import TERMINAL, Job, JobEvent, JobMetric
 from app.options import JobSpec
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -138,7 +138,7 @@ def list_jobs(
             query = query.where(false() if "\x00" in value else Job.metadata_.contains({match[1]: value}))
     found = newest_first(session, query, Job, page)
     ids = [job.id for job in found["data"]]
-    return {**found, "data": [JobRead.of(shown) for shown in lifecycle.show(session, ids)]}
+    return {**found, "data": [JobRead.of(shown) for shown in overview.show(session, ids)]}
 
 
 @router.get("/{job_id}", response_model=JobRead, responses=problems(Unauthorized, NotFound))
@@ -153,7 +153,7 @@ async def read_job(job_id: str, tenant: TenantDep) -> Response:
 
 
 def _shown(session: Session, job_id: str) -> JobRead:
-    return JobRead.of(*lifecycle.show(session, [job_id]))
+    return JobRead.of(*overview.show(session, [job_id]))
 
 
 def _move(verb: Any, job_id: str, session: Session, tenant: str) -> JobRead:
@@ -248,7 +248,7 @@ def _poll(session: Session, job_id: str, seq: int) -> tuple[list[JobEvent], bool
         return [], True
     status, last = found
     events = _events_after(session, job_id, seq, 100) if last > seq else []
-    return events, status in lifecycle.TERMINAL and len(events) < 100
+    return events, status in TERMINAL and len(events) < 100
 
 
 async def _live_events(job_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:

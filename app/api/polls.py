@@ -16,7 +16,7 @@ from itertools import islice
 from anyio.lowlevel import RunVar
 from sqlalchemy.orm import Session
 
-from app import lifecycle
+from app import lifecycle, overview
 from app.api.deps import reading
 from app.api.schemas import JobRead
 
@@ -69,7 +69,7 @@ class Polls:
 
 def _written(session: Session, ids: list[str]) -> dict[str, Written]:
     # What is no id is not asked about: PostgreSQL might refuse it, and with it everybody's poll.
-    shown = lifecycle.show(session, [job_id for job_id in ids if ID.fullmatch(job_id)])
+    shown = overview.show(session, [job_id for job_id in ids if ID.fullmatch(job_id)])
     return {
         each.job.id: Written(
             each.job.tenant, lifecycle.is_terminal(each.job), JobRead.of(each).model_dump_json().encode()

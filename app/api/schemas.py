@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from app import comparisons, lifecycle
+from app import comparisons, lifecycle, overview
 from app.models import Comparison
 from app.storage import Storage
 
@@ -173,7 +173,7 @@ class JobRead(Read):
     finished_at: datetime | None
 
     @classmethod
-    def of(cls, shown: lifecycle.Shown) -> JobRead:
+    def of(cls, shown: overview.Shown) -> JobRead:
         """The job with what is computed from its rows."""
         job = shown.job
         return cls.model_validate(
@@ -181,8 +181,8 @@ class JobRead(Read):
                 **{name: getattr(job, name) for name in cls.model_fields if hasattr(job, name)},
                 "metadata": job.metadata_,
                 "is_terminal": lifecycle.is_terminal(job),
-                "progress": lifecycle.progress(job),
-                "eta_seconds": lifecycle.eta_seconds(job),
+                "progress": overview.progress(job),
+                "eta_seconds": overview.eta_seconds(job),
                 "labeling": shown.labeling,
             }
         )
@@ -374,7 +374,7 @@ class ComparisonRead(ComparisonBrief):
             {
                 **cls.facts(comparison),
                 **comparisons.table(storage, comparison),
-                "labeling": labeled and lifecycle.show(session, [labeled.id])[0].labeling,
+                "labeling": labeled and overview.show(session, [labeled.id])[0].labeling,
             }
         )
 

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from sklearn.metrics import accuracy_score, f1_score
 from sqlalchemy import Engine, select
 
-from app import lifecycle, predictions, statistics, tables
+from app import lifecycle, predictions, shards, statistics, tables
 from app.config import settings
 from app.db import session_scope
 from app.models import Job, LabelCache, LabelShard
@@ -61,12 +61,12 @@ def run_all(comparison: dict[str, Any]) -> None:
 
 def claim_shard(job_id: str) -> LabelShard | None:
     with session_scope() as session:
-        return lifecycle.claim_shard(session, job_id, "labeler")
+        return shards.claim(session, job_id, "labeler")
 
 
 def finish_shard(shard: LabelShard) -> None:
     with session_scope() as session:
-        lifecycle.finish_shard(session, shard, FIGURES)
+        shards.finish(session, shard, FIGURES)
 
 
 # --- asking for one -------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_an_arm_that_is_stopped_while_labeling_takes_no_labels_from_the_others(
     assert shard is not None
     assert client.post(f"/jobs/{first}/{verb}").status_code == 202
     with session_scope() as session:
-        lifecycle.renew_shard(session, shard)
+        shards.renew(session, shard)
     finish_shard(shard)
     assert claim_shard(first) is None
     for job_id in others:
@@ -250,7 +250,7 @@ def test_labels_that_cannot_be_had_fail_every_arm_with_the_reason(client: TestCl
     shard = claim_shard(jobs_of(made)[1])
     assert shard is not None
     with session_scope() as session:
-        lifecycle.fail_shard(session, shard, "labeling_failed", "the model is gone")
+        shards.fail(session, shard, "labeling_failed", "the model is gone")
     told = look(client, made)
     assert (told["status"], told["is_terminal"]) == ("failed", True)
     assert {run["error"]["message"] for arm in told["arms"] for run in arm["runs"]} == {"the model is gone"}

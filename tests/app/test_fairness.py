@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select, update
 
-from app import lifecycle
+from app import lifecycle, shards, turns
 from app.config import settings
 from app.db import session_scope
 from app.models import Job, JobEvent
@@ -28,10 +28,10 @@ def jobs_of(tenant: str, count: int) -> list[str]:
 def label_next(worker: str = "labeler", *, finish: bool = True) -> str | None:
     """Label one shard of the job whose turn it is, as a worker would; its tenant."""
     with session_scope() as session:
-        line = lifecycle.in_turn(session, LABEL)
+        line = turns.in_turn(session, LABEL)
     for job_id in line:
         with session_scope() as session:
-            shard = lifecycle.claim_shard(session, job_id, worker)
+            shard = shards.claim(session, job_id, worker)
         if shard is not None:
             if finish:
                 finish_shard(job_id, shard)
@@ -42,7 +42,7 @@ def label_next(worker: str = "labeler", *, finish: bool = True) -> str | None:
 def train_next(named: str | None = None, *, finish: bool = True) -> tuple[str, str] | None:
     """Train the job whose turn it is; its tenant and id."""
     with session_scope() as session:
-        line = lifecycle.in_turn(session, TRAIN, named)
+        line = turns.in_turn(session, TRAIN, named)
     for job_id in line:
         with session_scope() as session:
             job = lifecycle.claim(session, job_id, "trainer")
@@ -109,11 +109,11 @@ def test_what_nobody_can_take_up_is_not_in_line(database: Engine) -> None:
         assert lifecycle.claim(session, held, "trainer") is not None
         lifecycle.pause(session, session.get_one(Job, paused))
         lifecycle.cancel(session, session.get_one(Job, ended))
-        assert lifecycle.in_turn(session, TRAIN) == [waiting]
-        assert lifecycle.in_turn(session, LABEL) == []
+        assert turns.in_turn(session, TRAIN) == [waiting]
+        assert turns.in_turn(session, LABEL) == []
     expire_leases()
     with session_scope() as session:
-        assert lifecycle.in_turn(session, TRAIN) == [waiting, held], "its worker was lost"
+        assert turns.in_turn(session, TRAIN) == [waiting, held], "its worker was lost"
 
 
 def test_a_job_whose_shards_are_all_in_hand_is_not_in_line_but_one_that_only_waits_to_go_on_is(
@@ -122,20 +122,20 @@ def test_a_job_whose_shards_are_all_in_hand_is_not_in_line_but_one_that_only_wai
     [job_id] = jobs_of("alice", 1)
     assert label_next(finish=False) == "alice"
     with session_scope() as session:
-        assert lifecycle.in_turn(session, LABEL) == []
+        assert turns.in_turn(session, LABEL) == []
     expire_leases()
     with session_scope() as session:
-        assert lifecycle.in_turn(session, LABEL) == [job_id]
+        assert turns.in_turn(session, LABEL) == [job_id]
         lifecycle.pause(session, session.get_one(Job, job_id))
     with session_scope() as session:
-        shard = lifecycle.claim_shard(session, job_id, "labeler")
+        shard = shards.claim(session, job_id, "labeler")
         assert shard is None, "it is paused"
         lifecycle.resume(session, session.get_one(Job, job_id))
     finish_labeling(job_id)
     with session_scope() as session:  # as if the worker that labeled the last shard had died before it sent the job on
         session.execute(update(Job).values(phase="labeling"))
     with session_scope() as session:
-        assert lifecycle.in_turn(session, LABEL) == [job_id]
+        assert turns.in_turn(session, LABEL) == [job_id]
 
 
 def test_workers_that_look_at_the_same_moment_take_up_every_job_once(database: Engine) -> None:

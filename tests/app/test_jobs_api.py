@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine, event, text
 from sqlalchemy.exc import OperationalError
 
-from app import db, lifecycle, queue
+from app import db, lifecycle, overview, queue
 from app.api import polls
 from app.config import settings
 from app.db import session_scope
@@ -458,7 +458,7 @@ def test_a_database_that_is_away_is_told_to_every_poll_that_waited_and_the_next_
     async def twice() -> tuple[list[Any], list[Any]]:
         together = polls.Polls()
         with monkeypatch.context() as patched:
-            patched.setattr(lifecycle, "show", away)
+            patched.setattr(overview, "show", away)
             failed = await poll(together)
         return failed, await poll(together)
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import Engine, select
 
-from app import lifecycle
+from app import lifecycle, shards
 from app.config import settings as configured
 from app.db import session_scope
 from app.errors import IllegalMove
 from app.lifecycle import LeaseLost
-from app.models import Job, JobEvent, LabelShard
+from app.models import HELD, TERMINAL, Job, JobEvent, LabelShard
 from app.queue import LABEL, TRAIN
 from tests.support import add_dataset, expire_leases, sentences, submit, tiny_spec
 
@@ -65,7 +65,7 @@ class LifeCycle(RuleBasedStateMachine):
     @rule()
     def a_worker_claims_a_shard(self) -> None:
         with session_scope() as session:
-            shard = lifecycle.claim_shard(session, self.job_id, "labeler")
+            shard = shards.claim(session, self.job_id, "labeler")
         if shard is not None:
             claims = [(each.index, each.attempt) for each in self.shards]
             assert (shard.index, shard.attempt) not in claims, "an attempt at a shard belongs to one worker"
@@ -77,20 +77,20 @@ class LifeCycle(RuleBasedStateMachine):
             return
         shard = data.draw(st.sampled_from(self.shards))
         with contextlib.suppress(LeaseLost), session_scope() as session:
-            lifecycle.finish_shard(session, shard, FIGURES)
+            shards.finish(session, shard, FIGURES)
             self.labeled.append((shard.index, shard.attempt))
 
     @rule(data=st.data())
     def a_worker_or_zombie_gives_a_shard_back(self, data: st.DataObject) -> None:
         if self.shards:
             with session_scope() as session:
-                lifecycle.release_shard(session, data.draw(st.sampled_from(self.shards)))
+                shards.release(session, data.draw(st.sampled_from(self.shards)))
 
     @rule(data=st.data())
     def a_shard_breaks(self, data: st.DataObject) -> None:
         if self.shards:
             with session_scope() as session:
-                lifecycle.fail_shard(session, data.draw(st.sampled_from(self.shards)), "labeling_failed", "It broke.")
+                shards.fail(session, data.draw(st.sampled_from(self.shards)), "labeling_failed", "It broke.")
 
     # --- training workers -------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class LifeCycle(RuleBasedStateMachine):
             return
         attempt = data.draw(st.sampled_from(self.attempts))
         job = self.job()
-        holds = job.attempt == attempt and job.status in lifecycle.HELD
+        holds = job.attempt == attempt and job.status in HELD
         try:
             with session_scope() as session:
                 if how == "renew":
@@ -146,9 +146,9 @@ class LifeCycle(RuleBasedStateMachine):
         job = self.job()
         assert job.status == self.last or job.status in LEGAL[self.last], f"{self.last} to {job.status}"
         assert job.attempt in (self.last_attempt, self.last_attempt + 1)
-        assert (job.finished_at is not None) == (job.status in lifecycle.TERMINAL)
+        assert (job.finished_at is not None) == (job.status in TERMINAL)
         assert (job.error is not None) == (job.status == "failed")
-        assert job.lease_expires_at is None or job.status in lifecycle.HELD
+        assert job.lease_expires_at is None or job.status in HELD
         self.last, self.last_attempt = job.status, job.attempt
 
     @invariant()

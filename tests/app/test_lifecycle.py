@@ -12,7 +12,7 @@ import pytest
 import redis
 from sqlalchemy import Engine, select, update
 
-from app import lifecycle
+from app import lifecycle, overview, shards
 from app.config import settings
 from app.db import session_scope
 from app.errors import IllegalMove
@@ -60,12 +60,12 @@ def claim(job_id: str, worker: str = "trainer") -> Job | None:
 
 def claim_shard(job_id: str, worker: str = "labeler") -> LabelShard | None:
     with session_scope() as session:
-        return lifecycle.claim_shard(session, job_id, worker)
+        return shards.claim(session, job_id, worker)
 
 
 def finish_shard(job_id: str, shard: LabelShard, **figures: Any) -> None:
     with session_scope() as session:
-        lifecycle.finish_shard(session, shard, FIGURES | figures)
+        shards.finish(session, shard, FIGURES | figures)
 
 
 def finish_labeling(job_id: str) -> None:
@@ -206,15 +206,15 @@ def test_a_metric_point_that_is_written_again_replaces_the_first(job_id: str) ->
 
 
 def test_progress_weighs_the_phases_and_is_one_only_at_the_end(job_id: str) -> None:
-    assert lifecycle.progress(job_of(job_id)) == 0.0
+    assert overview.progress(job_of(job_id)) == 0.0
     shard = claim_shard(job_id)
     assert shard is not None
     finish_shard(job_id, shard)
-    assert lifecycle.progress(job_of(job_id)) == pytest.approx(0.25 / 3, abs=1e-3)
+    assert overview.progress(job_of(job_id)) == pytest.approx(0.25 / 3, abs=1e-3)
     finish_labeling(job_id)
-    assert lifecycle.progress(job_of(job_id)) == 0.25
+    assert overview.progress(job_of(job_id)) == 0.25
     put(job_id, status="succeeded")
-    assert lifecycle.progress(job_of(job_id)) == 1.0
+    assert overview.progress(job_of(job_id)) == 1.0
 
 
 # --- labeling -------------------------------------------------------------------------------------------------------
@@ -284,13 +284,13 @@ def test_a_labeler_that_lost_its_shard_changes_nothing(job_id: str) -> None:
     assert heir is not None
     assert (heir.index, heir.attempt) == (late.index, 2)
     with session_scope() as session:
-        lifecycle.release_shard(session, late)
+        shards.release(session, late)
     with pytest.raises(LeaseLost), session_scope() as session:
-        lifecycle.renew_shard(session, late)
+        shards.renew(session, late)
     with pytest.raises(LeaseLost):
         finish_shard(job_id, late, tokens=7)
     with session_scope() as session:
-        lifecycle.fail_shard(session, late, "labeling_failed", "too late")
+        shards.fail(session, late, "labeling_failed", "too late")
     shard = shards_of(job_id)[late.index]
     assert (shard.status, shard.worker, shard.tokens) == ("claimed", "heir", 0)
     assert job_of(job_id).status == "running"
@@ -303,7 +303,7 @@ def test_a_shard_that_fails_fails_its_job_with_the_reason(job_id: str) -> None:
     shard = claim_shard(job_id)
     assert shard is not None
     with session_scope() as session:
-        lifecycle.fail_shard(session, shard, "labeling_failed", "the model is gone")
+        shards.fail(session, shard, "labeling_failed", "the model is gone")
     job = job_of(job_id)
     assert job.status == "failed"
     assert job.error == {"code": "labeling_failed", "message": "the model is gone", "phase": "labeling"}
@@ -335,7 +335,7 @@ def test_a_shard_that_is_given_back_does_not_count_as_a_lost_worker(
         assert shard is not None
         assert (shard.index, shard.attempt) == (0, attempt)
         with session_scope() as session:
-            lifecycle.release_shard(session, shard)
+            shards.release(session, shard)
     assert events(job_id, "worker.lost") == []
     assert claim_shard(job_id) is not None
     expire_leases()
@@ -354,7 +354,7 @@ def test_labeling_goes_on_through_pause_and_resume_of_the_job(job_id: str) -> No
     move("resume", job_id)
     # The job waits in the queue, and the shard that was begun before the pause is not thrown away.
     with session_scope() as session:
-        lifecycle.renew_shard(session, second)
+        shards.renew(session, second)
     finish_shard(job_id, second)
     finish_labeling(job_id)
     assert job_of(job_id).phase == "training"
@@ -367,12 +367,12 @@ def test_a_labeler_hears_of_a_pause_and_calls_another_where_the_job_goes_on_alre
 
     def renewed() -> str:
         with session_scope() as session:
-            return lifecycle.renew_shard(session, shard)
+            return shards.renew(session, shard)
 
     def released() -> int:
         empty_broker()
         with session_scope() as session:
-            lifecycle.release_shard(session, shard, call=True)
+            shards.release(session, shard, call=True)
         return messages(LABEL)
 
     assert renewed() == "running"

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app import labels, ledger, lifecycle, predictions
+from app import labels, ledger, predictions
 from app.labels import text_hash
-from app.models import Checkpoint, Dataset, Job, JobEvent, JobMetric, LabelCache, LabelSet, LabelShard
+from app.models import TERMINAL, Checkpoint, Dataset, Job, JobEvent, JobMetric, LabelCache, LabelSet, LabelShard
 from app.storage import Storage
 from workers.training import resume
 
@@ -50,7 +50,7 @@ def audit(session: Session, storage: Storage) -> Findings:
     found = Findings()
     for job in session.scalars(select(Job).order_by(Job.id)):
         found.jobs[job.status] += 1
-        if job.status not in (*lifecycle.TERMINAL, "paused"):
+        if job.status not in (*TERMINAL, "paused"):
             found.wrong.append(f"{job.id} is {job.status}: neither ended nor paused by its owner")
         for problem in (*_events(session, job, found), *_labels(session, storage, job)):
             found.wrong.append(f"{job.id}: {problem}")
@@ -80,7 +80,7 @@ def _events(session: Session, job: Job, found: Findings) -> Iterator[str]:
     if not set(lost) <= {*claims, *range(1, 100)}:
         yield f"workers of attempts {sorted(lost)} were lost, but only {claims} were claimed"
     ends = [event.type for event in events if event.type in ENDS]
-    if job.status in lifecycle.TERMINAL and (not ends or ends[-1] != f"job.{job.status}"):
+    if job.status in TERMINAL and (not ends or ends[-1] != f"job.{job.status}"):
         yield f"it is {job.status}, and its events end with {ends}"
     retries = sum(event.type == "job.retried" for event in events)
     if len(ends) > retries + 1:

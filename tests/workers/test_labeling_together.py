@@ -12,7 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, func, select
 
-from app import labels, lifecycle
+from app import labels, lifecycle, overview
 from app.config import settings
 from app.db import session_scope
 from app.labels import Answer
@@ -94,7 +94,7 @@ def answers(job_id: str, rows: int) -> list[dict[str, Any]]:
 
 def figures(job_id: str) -> dict[str, Any]:
     with session_scope() as session:
-        return lifecycle.show(session, [job_id])[0].labeling
+        return overview.show(session, [job_id])[0].labeling
 
 
 def events(job_id: str, type: str) -> list[JobEvent]:

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, func, select, update
 
-from app import lifecycle
+from app import lifecycle, shards
 from app.config import settings
 from app.db import session_scope
 from app.models import Checkpoint, Job, JobMetric, LabelCache, LabelShard
@@ -267,7 +267,7 @@ def test_a_budget_that_is_spent_ends_the_waves(spec: dict[str, Any]) -> None:
 def test_two_workers_share_the_shards_of_a_wave_and_a_third_finds_none(spec: dict[str, Any]) -> None:
     job_id = submit(spec | {"labeling": NEVER_STOPS})
     with session_scope() as session:
-        claimed = [lifecycle.claim_shard(session, job_id, f"labeler-{number}") for number in range(3)]
+        claimed = [shards.claim(session, job_id, f"labeler-{number}") for number in range(3)]
         assert [(shard.start, shard.stop) for shard in claimed if shard] == [(0, 16), (16, 24)]
 
 
