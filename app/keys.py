@@ -27,6 +27,9 @@ KNOWN_SECONDS = 2.0
 """How long a process goes by what it last read of a key. What another process changes takes effect within this time."""
 MOST_KNOWN = 10_000
 
+WORKS = (ApiKey.revoked_at.is_(None), or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()))
+"""Of a key that was not revoked and has not expired."""
+
 _known: dict[bytes, tuple[float, ApiKey]] = {}
 """By hash: when a key was read, and its row."""
 
@@ -121,16 +124,7 @@ def has_ended(row: ApiKey) -> bool:
 
 def working(session: Session, tenant: str) -> int:
     """How many keys of the tenant work."""
-    return (
-        session.scalar(
-            select(func.count()).where(
-                ApiKey.tenant == tenant,
-                ApiKey.revoked_at.is_(None),
-                or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.now()),
-            )
-        )
-        or 0
-    )
+    return session.scalar(select(func.count()).where(ApiKey.tenant == tenant, *WORKS)) or 0
 
 
 def rotate(session: Session, row: ApiKey, *, grace_hours: float = GRACE_HOURS) -> tuple[ApiKey, str]:

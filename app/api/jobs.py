@@ -14,7 +14,7 @@ from sqlalchemy import bindparam, false, select
 from sqlalchemy.orm import Session, lazyload, load_only
 from sse_starlette import EventSourceResponse
 
-from app import estimates, labels, ledger, lifecycle, limits, measurements, overview, preflight, retention
+from app import estimates, keys, labels, ledger, lifecycle, limits, measurements, overview, preflight, retention
 from app.api import polls
 from app.api.deps import (
     IdempotencyDep,
@@ -56,7 +56,7 @@ from app.errors import (
     Unprocessable,
     UnsupportedMedia,
 )
-from app.models import TERMINAL, Job, JobEvent, JobMetric
+from app.models import TERMINAL, ApiKey, Job, JobEvent, JobMetric
 from app.options import JobSpec
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -211,24 +211,28 @@ def delete_job(job_id: str, session: SessionDep, storage: StorageDep, tenant: Te
 )
 async def list_events(
     job_id: str,
-    tenant: TenantDep,
+    key: KeyDep,
     after: Annotated[int, Query(ge=0, le=2**31 - 1, description="Only events with a greater seq.")] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 100,
     accept: Annotated[str, Header()] = "application/json",
     last_event_id: Annotated[int | None, Header(ge=0, le=2**31 - 1)] = None,
 ) -> Any:
     """What happened to the job, as pages, or live with `Accept: text/event-stream`."""
-    await reading(lambda session: owned(session, Job, job_id, tenant))
+    await reading(lambda session: owned(session, Job, job_id, key.tenant))
     if "text/event-stream" in accept:
         start = after if last_event_id is None else last_event_id
-        return EventSourceResponse(_live_events(job_id, start), ping=KEEP_ALIVE_SECONDS)
+        return EventSourceResponse(_live_events(job_id, key.id, start), ping=KEEP_ALIVE_SECONDS)
     events = await reading(lambda session: _events_after(session, job_id, after, limit + 1))
     has_more = len(events) > limit
     shown = events[:limit]
     return {"data": shown, "has_more": has_more, "next": shown[-1].seq if has_more else None}
 
 
-_STATUS = select(Job.status, Job.event_seq).where(Job.id == bindparam("job_id"))
+_STATUS = (
+    select(Job.status, Job.event_seq)
+    .join(ApiKey, ApiKey.id == bindparam("key_id"))
+    .where(Job.id == bindparam("job_id"), *keys.WORKS)
+)
 _EVENTS = (
     select(JobEvent)
     .where(JobEvent.job_id == bindparam("job_id"), JobEvent.seq > bindparam("seq"))
@@ -241,20 +245,20 @@ def _events_after(session: Session, job_id: str, seq: int, limit: int) -> list[J
     return list(session.scalars(_EVENTS, {"job_id": job_id, "seq": seq, "limit": limit}))
 
 
-def _poll(session: Session, job_id: str, seq: int) -> tuple[list[JobEvent], bool]:
+def _poll(session: Session, job_id: str, key_id: str, seq: int) -> tuple[list[JobEvent], bool]:
     """The next events, and whether they are the last. The status is read first: no event comes after one that is final."""
-    found = session.execute(_STATUS, {"job_id": job_id}).one_or_none()
-    if found is None:  # the job was deleted
+    found = session.execute(_STATUS, {"job_id": job_id, "key_id": key_id}).one_or_none()
+    if found is None:  # the job was deleted, or the key has been revoked or has expired
         return [], True
     status, last = found
     events = _events_after(session, job_id, seq, 100) if last > seq else []
     return events, status in TERMINAL and len(events) < 100
 
 
-async def _live_events(job_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:
+async def _live_events(job_id: str, key_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:
     """The events from `seq` on, as they come. Between two looks it holds no thread and no connection."""
     while True:
-        events, last = await reading(partial(_poll, job_id=job_id, seq=seq))
+        events, last = await reading(partial(_poll, job_id=job_id, key_id=key_id, seq=seq))
         for event in events:
             seq = event.seq
             data = EventRead.model_validate(event).model_dump(mode="json")

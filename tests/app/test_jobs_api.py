@@ -14,7 +14,7 @@ import pytest
 import redis
 import uvicorn
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, event, func, text, update
 from sqlalchemy.exc import OperationalError
 
 from app import db, lifecycle, overview, queue
@@ -23,7 +23,7 @@ from app.config import settings
 from app.db import session_scope
 from app.embedded import free_port
 from app.main import create_app
-from app.models import Job
+from app.models import ApiKey, Job
 from tests.support import (
     add_dataset,
     in_threads,
@@ -314,6 +314,15 @@ def test_a_live_stream_tells_what_happens_and_closes_at_the_end(server: httpx.Cl
     with session_scope() as session:
         lifecycle.cancel(session, session.get_one(Job, job_id))
     assert [event["event"] for event in stream] == ["job.cancelled"]
+
+
+@pytest.mark.parametrize("column", ["revoked_at", "expires_at"])
+def test_a_live_stream_ends_soon_after_its_key(server: httpx.Client, column: str) -> None:
+    stream = streamed(server, submit(tiny_spec(add_dataset(sentences(12, 1)))))
+    assert next(stream)["event"] == "job.queued"
+    with session_scope() as session:
+        session.execute(update(ApiKey).values({column: func.now()}))
+    assert list(stream) == []
 
 
 # --- metrics and samples --------------------------------------------------------------------------------------------
