@@ -36,7 +36,6 @@ TERMINAL = ("succeeded", "failed", "cancelled")
 HELD = ("running", "pausing", "cancelling")
 """Statuses in which a worker may hold the job."""
 PHASES = ("labeling", "training", "evaluating", "packaging")
-SPLITS = ("train", "validation", "test")
 SCOPES = ("read", "write", "admin")
 """What a key may do, each including the one before it."""
 

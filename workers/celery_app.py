@@ -12,7 +12,7 @@ from celery.signals import worker_process_init, worker_ready, worker_shutting_do
 
 from app.config import settings
 from app.logs import configure_logging
-from app.queue import QUEUES, configure
+from app.queue import configure
 
 celery = Celery("understudy", broker=settings().redis_url, include=["workers.tasks"])
 configure(celery)
@@ -30,7 +30,6 @@ celery.conf.update(
     broker_connection_retry=True,
     broker_connection_max_retries=None,
 )
-QUEUE_NAMES = sorted(set(QUEUES.values()))
 
 stopping = threading.Event()
 """Set when this process was asked to stop: running work saves its state and gives its job back."""
