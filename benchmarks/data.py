@@ -1,4 +1,4 @@
-"""Where the benchmarks get their rows: the shared data sets where they are, else the project's own example."""
+"""Where the benchmarks get their rows: the shared data sets, where they are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
-EXAMPLE = ROOT / "examples" / "tickets"
 
 Rows = list[dict[str, str]]
 

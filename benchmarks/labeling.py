@@ -22,14 +22,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 from transformers.utils import logging
 
 from app import pretrained
 from app.options import CausalLMTeacher as CausalLMOptions
 from app.options import Example, Label
 from benchmarks.data import SHARED, read_split
+from benchmarks.small_llama import train_tokenizer
 from workers.teachers.causal_lm import CausalLMTeacher, plain_scores
 from workers.teachers.prompts import build_prompt
 from workers.teachers.teacher import Row
@@ -37,6 +37,7 @@ from workers.teachers.teacher import Row
 # Texts of 48 tokens, 14 labels; then short texts with the fewest and the most labels.
 WITH_EVERY_WAY = "dbpedia14-sample"
 LABELS = 10
+VOCABULARY = 16_000
 MORE = ["emotion", "banking77", "clinc150"]
 
 
@@ -184,25 +185,17 @@ def make_teacher(
 
 def save_model(directory: Path, layers: int, width: int) -> None:
     """A LLaMA with random weights and a tokenizer trained on the rows of the data sets."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=16_000, special_tokens=["<s>", "</s>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
     rows = [row for name in [WITH_EVERY_WAY, *MORE] for row in read_split(name, "train", 2000)]
-    tokenizer.train_from_iterator((f"{row['text']}\nLabel: {row['label']}" for row in rows), trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
-    fast.padding_side = "left"
+    tokenizer = train_tokenizer((f"{row['text']}\nLabel: {row['label']}" for row in rows), VOCABULARY)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
         num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), max_position_embeddings=4096,
         bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
-    fast.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 if __name__ == "__main__":

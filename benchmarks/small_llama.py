@@ -23,8 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from app.client import Client
 from app.options import CausalLMTeacher, Label
 from benchmarks.data import Rows, read_split
+from benchmarks.record import upload
 from workers.teachers.prompts import Prompt, build_prompt
 from workers.teachers.teacher import Row
 
@@ -98,7 +99,7 @@ def train(directory: Path, data: str, steps: int, seed: int, *, end: bool) -> No
     """Train with a learning rate that falls to 0; save model and tokenizer. `end`: the answer ends with `</s>`."""
     rows, _ = halves(data)
     prompt = prompt_for(data)
-    tokenizer = train_tokenizer([prompt.text(Row(row["text"])) + f" {row['label']}" for row in rows])
+    tokenizer = train_tokenizer((prompt.text(Row(row["text"])) + f" {row['label']}" for row in rows), VOCABULARY)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
@@ -144,13 +145,13 @@ def loss_of(model: LlamaForCausalLM, batch: list[tuple[list[int], list[int]]]) -
     return torch.nn.functional.cross_entropy(model.lm_head(states[asked[:, 1:]]), ids[asked])
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE, as LLaMA 3 has one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
+        vocab_size=vocabulary, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
@@ -233,14 +234,6 @@ def print_figures(job: dict[str, Any]) -> None:
     )
     print(f"| student, LLKD | {test['student']['accuracy']:.4f} | {test['student']['macro_f1']:.4f} | | |")
     print(f"\nselected: {json.dumps(job['selection'].get('ratio'))} of the rows offered")
-
-
-def upload(client: Client, name: str, rows: Rows) -> str:
-    """The id of a new dataset."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return client.upload(path, name=name)["id"]
 
 
 if __name__ == "__main__":

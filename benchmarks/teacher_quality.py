@@ -8,31 +8,29 @@ ECE before is that of the last layer's regression alone, as it comes; ECE is wha
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from scipy.special import softmax
 from sklearn.metrics import f1_score
 
 from app import pretrained
 from app.options import EmbeddingTeacher, Example, Label
+from benchmarks.data import SHARED, read_split
+from workers.algorithms import metrics
 from workers.teachers import TEACHERS, Row, embedding
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DATA_SETS = ("emotion", "csabstruct", "yahoo-answers-titles", "banking77")
 EXAMPLES_A_CLASS = (0, 8, 16, 32)
 SEEDS = 3
 TEST_ROWS = 2000
-BINS = 15
 
 
 def main(names: list[str]) -> None:
-    if not DATA.is_dir():
-        print(f"There is no {DATA}; nothing is measured.")
+    if not SHARED.is_dir():
+        print(f"teacher_quality: skipped, the data sets are not at {SHARED}")
         return
     print("| data set | examples a class | accuracy | macro-F1 | ECE before | ECE |\n|---|---|---|---|---|---|")
     for name in names or DATA_SETS:
@@ -48,7 +46,7 @@ def main(names: list[str]) -> None:
 
 def measure(name: str, count: int, seed: int) -> tuple[float, float, float, float]:
     """Accuracy, macro-F1, ECE before calibration and after."""
-    train, test = read(name, "train"), read(name, "test")
+    train, test = read_split(name, "train"), read_split(name, "test")
     names = sorted({row["label"] for row in train})
     draw = np.random.default_rng(seed)
     train = [train[number] for number in draw.permutation(len(train))]
@@ -63,8 +61,11 @@ def measure(name: str, count: int, seed: int) -> tuple[float, float, float, floa
     probabilities = teacher.label(rows).probabilities
     chosen = probabilities.argmax(axis=1)
     f1 = f1_score(truth, chosen, average="macro", labels=np.arange(len(names)), zero_division=0)
-    before = expected_calibration_error(uncalibrated(teacher, rows), truth)
-    return float((chosen == truth).mean()), f1, before, expected_calibration_error(probabilities, truth)
+    before, after = (
+        metrics.expected_calibration_error(torch.from_numpy(said), torch.from_numpy(truth))
+        for said in (uncalibrated(teacher, rows), probabilities)
+    )
+    return float((chosen == truth).mean()), f1, before, after
 
 
 def uncalibrated(teacher: embedding.EmbeddingTeacher, rows: list[Row]) -> np.ndarray:
@@ -85,19 +86,6 @@ class RememberingEncoder(embedding.Encoder):
         if key not in self.seen:
             self.seen[key] = super().embed(texts)
         return self.seen[key]
-
-
-def expected_calibration_error(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == truth
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = [abs((right - confidence)[bins == number].sum()) for number in range(BINS)]
-    return float(sum(gaps) / len(truth))
-
-
-def read(name: str, split: str) -> list[dict[str, str]]:
-    path = DATA / name / f"{split}.jsonl"
-    with path.open() if path.exists() else gzip.open(f"{path}.gz", "rt") as lines:
-        return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":
