@@ -53,7 +53,7 @@ def need(session: Session, storage: Storage, tenant: str, plan: Plan) -> Need:
         if split == "train" and plan.spec.budget.max_labeled_rows is not None:
             limit = min(limit, plan.spec.budget.max_labeled_rows)
         seen = candidates = 0
-        for batch in labels.texts_of(storage, dataset):
+        for batch in labels.texts_of(storage, dataset.key):
             batch = batch[: limit - seen]
             hashes = [labels.text_hash(text, pair) for text, pair in batch]
             known = set() if free else set(labels.look_up(session, tenant, plan.fingerprint, hashes))

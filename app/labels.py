@@ -14,7 +14,7 @@ from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app.models import Dataset, LabelCache, LabelClaim, now
+from app.models import LabelCache, LabelClaim, now
 from app.options import Label, Teacher
 from app.storage import Storage
 
@@ -46,9 +46,9 @@ def report_key(job_id: str) -> str:
     return f"jobs/{job_id}/label_report.json"
 
 
-def texts_of(storage: Storage, dataset: Dataset, batch_rows: int = 8192) -> Iterator[list[tuple[str, str | None]]]:
-    """The texts of a dataset, batch by batch, in row order."""
-    with storage.open(dataset.key) as stream:
+def texts_of(storage: Storage, key: str, batch_rows: int = 8192) -> Iterator[list[tuple[str, str | None]]]:
+    """The texts of the dataset at `key`, batch by batch, in row order."""
+    with storage.open(key) as stream:
         for batch in pq.ParquetFile(stream).iter_batches(batch_rows, columns=["text", "text_pair"]):
             yield list(zip(batch.column("text").to_pylist(), batch.column("text_pair").to_pylist(), strict=True))
 

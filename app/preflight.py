@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -203,16 +205,18 @@ def _with_candidates(
     return spec, []
 
 
-def _held_out(hashes: set[bytes], datasets: dict[str, Dataset]) -> dict[str, set[bytes]]:
+def _held_out(hashes: set[bytes], datasets: dict[str, Dataset]) -> dict[str, frozenset[bytes]]:
     """Which of these texts stand in the validation and in the test set, by split; splits with none are left out."""
-    found: dict[str, set[bytes]] = {}
-    for split in ("validation", "test") if hashes else ():
-        if split in datasets:
-            for batch in labels.texts_of(storage(), datasets[split]):
-                for text, pair in batch:
-                    if (key := labels.text_hash(text, pair)) in hashes:
-                        found.setdefault(split, set()).add(key)
-    return found
+    splits = [split for split in ("validation", "test") if hashes and split in datasets]
+    found = {split: _common(frozenset(hashes), datasets[split].key) for split in splits}
+    return {split: common for split, common in found.items() if common}
+
+
+@lru_cache(maxsize=16)
+def _common(hashes: frozenset[bytes], key: str) -> frozenset[bytes]:
+    """Those of the texts that stand in the dataset at `key`. Kept: every arm of a comparison asks, and datasets never change."""
+    texts = chain.from_iterable(labels.texts_of(storage(), key))
+    return frozenset(name for text, pair in texts if (name := labels.text_hash(text, pair)) in hashes)
 
 
 def _candidates(rows: list[dict[str, Any]], names: set[str]) -> list[Example]:

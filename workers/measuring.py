@@ -109,7 +109,7 @@ def _rows(taken: Measurement) -> list[Row]:
         dataset = session.get_one(Dataset, taken.dataset_id)
     wanted, start = sorted(taken.rows), 0
     rows: list[Row] = []
-    for batch in labels.texts_of(storage(), dataset):
+    for batch in labels.texts_of(storage(), dataset.key):
         rows += [Row(*batch[number - start]) for number in wanted if start <= number < start + len(batch)]
         start += len(batch)
         if start > wanted[-1]:

@@ -14,7 +14,6 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from app import retention
 from app.api.deps import KeyDep, PageDep, SessionDep, StorageDep, TenantDep, needs, newest_first, owned, problems
@@ -58,13 +57,14 @@ def list_checkpoints(job_id: str, session: SessionDep, tenant: TenantDep, page: 
     """The checkpoints of a job, newest first."""
     job = owned(session, Job, job_id, tenant)
     found = newest_first(session, select(Checkpoint).where(Checkpoint.job_id == job.id), Checkpoint, page)
-    return {**found, "data": [_read(session, checkpoint) for checkpoint in found["data"]]}
+    return {**found, "data": [_read(checkpoint, job.best_checkpoint_id) for checkpoint in found["data"]]}
 
 
 @router.get("/checkpoints/{checkpoint_id}", response_model=CheckpointRead, responses=problems(Unauthorized, NotFound))
 def read_checkpoint(checkpoint_id: str, session: SessionDep, tenant: TenantDep) -> CheckpointRead:
     """One checkpoint: scores, size, digest, and its files with theirs."""
-    return _read(session, owned(session, Checkpoint, checkpoint_id, tenant))
+    checkpoint = owned(session, Checkpoint, checkpoint_id, tenant)
+    return _read(checkpoint, session.scalar(select(Job.best_checkpoint_id).where(Job.id == checkpoint.job_id)))
 
 
 @router.head("/checkpoints/{checkpoint_id}/download", include_in_schema=False)
@@ -165,8 +165,7 @@ def delete_checkpoint(checkpoint_id: str, session: SessionDep, storage: StorageD
     retention.delete_checkpoint(session, storage, owned(session, Checkpoint, checkpoint_id, tenant))
 
 
-def _read(session: Session, checkpoint: Checkpoint) -> CheckpointRead:
-    best = session.scalar(select(Job.best_checkpoint_id).where(Job.id == checkpoint.job_id))
+def _read(checkpoint: Checkpoint, best: str | None) -> CheckpointRead:
     values = {name: getattr(checkpoint, name) for name in CheckpointRead.model_fields if name != "is_best"}
     return CheckpointRead.model_validate({**values, "is_best": best == checkpoint.id})
 

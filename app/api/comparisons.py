@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from app import comparisons, limits, retention, tables
 from app.api.deps import (
@@ -35,7 +35,7 @@ from app.errors import (
     Unprocessable,
     UnsupportedMedia,
 )
-from app.models import Comparison
+from app.models import Comparison, Job
 from app.options import ComparisonSpec
 
 router = APIRouter(prefix="/comparisons", tags=["comparisons"])
@@ -86,7 +86,8 @@ def create_comparison(
 @router.get("", response_model=PageRead[ComparisonBrief], responses=problems(Unauthorized, Unprocessable))
 def list_comparisons(session: SessionDep, tenant: TenantDep, page: PageDep) -> dict[str, Any]:
     """The comparisons, newest first, without their tables."""
-    found = newest_first(session, select(Comparison).where(Comparison.tenant == tenant), Comparison, page)
+    jobs = selectinload(Comparison.jobs).load_only(Job.comparison_id, Job.status, Job.started_at, Job.finished_at)
+    found = newest_first(session, select(Comparison).options(jobs).where(Comparison.tenant == tenant), Comparison, page)
     return {**found, "data": [ComparisonBrief.brief(comparison) for comparison in found["data"]]}
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from sklearn.metrics import accuracy_score, f1_score
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, event, select
 
-from app import lifecycle, predictions, shards, statistics, tables
+from app import db, labels, lifecycle, predictions, shards, statistics, tables
 from app.config import settings
 from app.db import session_scope
 from app.models import Job, LabelCache, LabelShard
@@ -183,6 +183,37 @@ def test_comparisons_are_listed_newest_first_and_belong_to_their_tenant(
     for path in (f"/comparisons/{ids[0]}", f"/comparisons/{ids[0]}/table"):
         assert other_client.get(path).status_code == 404
     assert other_client.post(f"/comparisons/{ids[0]}/cancel").status_code == 404
+
+
+def test_a_list_takes_the_same_few_statements_however_many_comparisons_it_holds(client: TestClient) -> None:
+    asked: list[str] = []
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        if "api_keys" not in statement:  # a key is looked up anew now and then
+            asked.append(statement)
+
+    def statements() -> int:
+        asked.clear()
+        client.get("/comparisons")
+        return len(asked)
+
+    event.listen(db.engine(), "before_cursor_execute", note)
+    try:
+        started(client)
+        of_one = statements()
+        started(client)
+        assert statements() == of_one
+    finally:
+        event.remove(db.engine(), "before_cursor_execute", note)
+
+
+def test_held_out_sets_are_read_once_for_all_arms(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    texts_of = labels.texts_of
+    monkeypatch.setattr(labels, "texts_of", lambda storage, key: read.append(key) or texts_of(storage, key))
+    examples = [{"text": f"an example {number}", "label": LABELS[number % 2]} for number in range(4)]
+    started(client, teacher={"kind": "embedding", "examples": examples}, labels=LABELS)
+    assert len(read) == 1, "of the test set, which is the only one"
 
 
 # --- labeled once ---------------------------------------------------------------------------------------------------
