@@ -38,11 +38,9 @@ from app.api.schemas import (
     JobRead,
     LabelReportRead,
     PageRead,
-    PointRead,
     SamplePage,
     SampleRead,
     SeriesPage,
-    SeriesRead,
 )
 from app.errors import (
     BadRequest,
@@ -279,18 +277,20 @@ def read_metrics(
     name: Annotated[list[str] | None, Query(description="Which series; may be repeated. All when left out.")] = None,
     from_step: Annotated[int, Query(ge=0, le=2**62)] = 0,
     to_step: Annotated[int | None, Query(ge=0, le=2**62)] = None,
-) -> SeriesPage:
+) -> dict[str, Any]:
     """The metric series by step."""
     job = owned(session, Job, job_id, tenant)
     names = sorted(session.scalars(select(JobMetric.name).where(JobMetric.job_id == job.id).distinct()))
     wanted = [entry for entry in names if name is None or entry in name]
-    query = select(JobMetric).where(JobMetric.job_id == job.id, JobMetric.name.in_(wanted), JobMetric.step >= from_step)
+    # Columns and not rows of the model: with many labels there are a hundred thousand points.
+    columns = (JobMetric.name, JobMetric.step, JobMetric.epoch, JobMetric.value, JobMetric.at)
+    query = select(*columns).where(JobMetric.job_id == job.id, JobMetric.name.in_(wanted), JobMetric.step >= from_step)
     if to_step is not None:
         query = query.where(JobMetric.step <= to_step)
-    points: dict[str, list[PointRead]] = {entry: [] for entry in wanted}
-    for metric in session.scalars(query.order_by(JobMetric.name, JobMetric.step)):
-        points[metric.name].append(PointRead.model_validate(metric))
-    return SeriesPage(data=[SeriesRead(name=entry, points=points[entry]) for entry in wanted], names=names)
+    points: dict[str, list[Any]] = {entry: [] for entry in wanted}
+    for point in session.execute(query.order_by(JobMetric.name, JobMetric.step)):
+        points[point.name].append(point)
+    return {"data": [{"name": entry, "points": points[entry]} for entry in wanted], "names": names}
 
 
 @router.get(
