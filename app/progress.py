@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -24,27 +25,16 @@ from rich.table import Table
 from app import tables
 
 
-class JobProgress:
-    """Bars for the phases of one job, fed with the job as often as it is looked at.
+class _Bars:
+    """Named bars on a terminal, while the block lasts; nothing is drawn where there is no terminal."""
 
-    Where there is no terminal, a line is printed each time the status or the phase changes.
-    """
-
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
         self._console = console
         self._bars: dict[str, TaskID] = {}
-        self._said = ""
-        self._progress = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        note = TextColumn("{task.fields[note]}", style="dim")
+        self._progress = Progress(*columns, note, console=console, disable=not console.is_terminal)
 
-    def __enter__(self) -> JobProgress:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -52,6 +42,18 @@ class JobProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+class JobProgress(_Bars):
+    """Bars for the phases of one job, fed with the job as often as it is looked at.
+
+    Where there is no terminal, a line is printed each time the status or the phase changes.
+    """
+
+    def __init__(self, console: Console) -> None:
+        name = TextColumn("{task.description:<10}")
+        super().__init__(console, name, BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+        self._said = ""
 
     def update(self, job: dict[str, Any]) -> None:
         """Show the job as it is now."""
@@ -81,33 +83,15 @@ class JobProgress:
             self._console.print(f"{job['id']} {line}")
 
 
-class ComparisonProgress:
+class ComparisonProgress(_Bars):
     """A bar for each arm of a comparison, fed with the comparison as often as it is looked at.
 
     Where there is no terminal, a line is printed each time a run ends.
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars: dict[str, TaskID] = {}
+        super().__init__(console, TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn())
         self._ended: set[str] = set()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-
-    def __enter__(self) -> ComparisonProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def update(self, told: dict[str, Any]) -> None:
         """Show the comparison as it is now."""
