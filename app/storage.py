@@ -106,11 +106,6 @@ class Storage:
         with self._telling():
             return bool(self.filesystem.exists(self._path(key)))
 
-    def size(self, key: str) -> int:
-        """Bytes of the file. Raises FileNotFoundError."""
-        with self._telling():
-            return int(self.filesystem.size(self._path(key)))
-
     def names(self, prefix: str) -> list[str]:
         """The names of the files and folders right under `prefix/`, in order; there may be none."""
         try:

@@ -130,10 +130,10 @@ def whole_seeds(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run["seed"] in whole] or runs
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float]) -> str:
     """Mean ± standard deviation of values that are given as shares, in per cent."""
-    deviation = f" ± {100 * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.{digits}f}{deviation}"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
 
 
 def table(headings: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -29,11 +29,6 @@ class LabelTree:
     means: Tensor
     """(E, C) float32: 1 / length of the label where the edge lies on its path, else 0."""
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest label."""
-        return round(1 / float(self.means[self.means > 0].min()))
-
     def to(self, device: torch.device) -> LabelTree:
         """The same tree on another device."""
         return LabelTree(**{name: value.to(device) for name, value in vars(self).items()})
