@@ -6,8 +6,10 @@ Workers write it at the end of every epoch (`jobs/<id>/samples.parquet`); GET /j
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -63,22 +65,24 @@ def page(
 ) -> tuple[list[dict[str, Any]], bool]:
     """`limit` rows from position `start` of the ordered, filtered ledger, and whether there are more."""
     file = pq.ParquetFile(stream)
-    column = order.lstrip("-")
-    narrow = file.read(columns=sorted({"row", "decision", "label", column}))
-    mask = None
-    for name, wanted in (("decision", decision), ("label", label)):
-        if wanted is not None:
-            matches = pc.fill_null(pc.equal(narrow.column(name), wanted), False)
-            mask = matches if mask is None else pc.and_(mask, matches)
-    positions = pa.table({"position": pa.array(range(narrow.num_rows), pa.int64()), "value": narrow.column(column)})
-    if mask is not None:
-        positions = positions.filter(mask)
-    direction = "descending" if order.startswith("-") else "ascending"
-    # Equal values stay in row order, so that pages never overlap.
-    ordered = pc.sort_indices(
-        positions, sort_keys=[("value", direction, "at_end"), ("position", "ascending", "at_end")]
-    )
-    chosen = positions.column("position").take(ordered.slice(start, limit)).to_pylist()
+    column, descending = order.lstrip("-"), order.startswith("-")
+    filters = {name: wanted for name, wanted in (("decision", decision), ("label", label)) if wanted is not None}
+    # Only what decides: a ledger may have millions of rows.
+    narrow = file.read(columns=sorted({*filters, column} - {"row"}))
+    positions: Any = range(file.metadata.num_rows)
+    if filters:
+        matches = [pc.fill_null(pc.equal(narrow.column(name), wanted), False) for name, wanted in filters.items()]
+        mask = reduce(pc.and_, matches)
+        narrow, positions = narrow.filter(mask), np.flatnonzero(mask)
+    places: Any = range(len(positions))
+    if column == "row":
+        ordered = places[::-1] if descending else places
+    else:
+        # Equal values stay in row order, so that pages never overlap.
+        table = pa.table({"value": narrow.column(column), "place": np.arange(len(positions))})
+        direction = "descending" if descending else "ascending"
+        ordered = pc.sort_indices(table, sort_keys=[("value", direction, "at_end"), ("place", "ascending", "at_end")])
+    chosen = [int(positions[place]) for place in np.asarray(ordered[start : start + limit])]
     rows = _take(file, chosen)
     for row in rows:
         distribution = row["distribution"]
@@ -86,7 +90,7 @@ def page(
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None
-    return rows, start + limit < len(ordered)
+    return rows, start + limit < len(positions)
 
 
 def _take(file: pq.ParquetFile, positions: list[int]) -> list[dict[str, Any]]:
