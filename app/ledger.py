@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from app.records import rows_at
+
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -83,7 +85,7 @@ def page(
         direction = "descending" if descending else "ascending"
         ordered = pc.sort_indices(table, sort_keys=[("value", direction, "at_end"), ("place", "ascending", "at_end")])
     chosen = [int(positions[place]) for place in np.asarray(ordered[start : start + limit])]
-    rows = _take(file, chosen)
+    rows = rows_at(stream, chosen)
     for row in rows:
         distribution = row["distribution"]
         row["distribution"] = None if distribution is None else dict(zip(labels, distribution, strict=True))
@@ -91,18 +93,3 @@ def page(
             if isinstance(value, float) and not math.isfinite(value):
                 row[name] = None
     return rows, start + limit < len(positions)
-
-
-def _take(file: pq.ParquetFile, positions: list[int]) -> list[dict[str, Any]]:
-    """The rows at these positions, in this order, reading only the row groups that hold them."""
-    wanted = set(positions)
-    found: dict[int, dict[str, Any]] = {}
-    begin = 0
-    for group in range(file.num_row_groups):
-        end = begin + file.metadata.row_group(group).num_rows
-        inside = sorted(position for position in wanted if begin <= position < end)
-        if inside:
-            table = file.read_row_group(group).take([position - begin for position in inside])
-            found.update(zip(inside, table.to_pylist(), strict=True))
-        begin = end
-    return [found[position] for position in positions]

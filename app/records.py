@@ -285,6 +285,23 @@ def read_texts(file: Path | BinaryIO, start: int = 0, stop: int | None = None) -
     return table["text"].to_pylist(), table["text_pair"].to_pylist()
 
 
+def rows_at(
+    file: Path | BinaryIO, numbers: Sequence[int], columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of these numbers (counted from 0) of any Parquet file, in this order; only the row groups they lie in are read."""
+    found: dict[int, dict[str, Any]] = {}
+    with pq.ParquetFile(file, pre_buffer=False) as parquet:
+        begin = 0
+        for group in range(parquet.num_row_groups):
+            end = begin + parquet.metadata.row_group(group).num_rows
+            inside = sorted({number for number in numbers if begin <= number < end})
+            if inside:
+                table = parquet.read_row_group(group, columns=columns, use_threads=False)
+                found.update(zip(inside, table.take([number - begin for number in inside]).to_pylist(), strict=True))
+            begin = end
+    return [found[number] for number in numbers]
+
+
 # --- rows: what is checked ------------------------------------------------------------------------------------------
 
 

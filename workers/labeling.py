@@ -32,7 +32,7 @@ from app.models import Dataset, Job, LabelSet, LabelShard, new_id
 from app.options import JobSpec, Label, needs_confidence
 from app.storage import Storage, storage
 from workers import gate
-from workers.artifacts import read_rows, read_table
+from workers.artifacts import read_rows, rows_at
 from workers.failures import failure_of
 from workers.reporter import Heartbeat
 from workers.teachers import TEACHERS, endpoint
@@ -189,15 +189,14 @@ class _LostAtTheGate(Exception):
 
 def _some_labeled_rows(dataset: Dataset, names: list[str]) -> tuple[list[Row], np.ndarray]:
     """Rows with a label of the job, spread evenly over the dataset, and their classes."""
-    table = read_table(storage(), dataset)
+    with storage().open(dataset.key) as stream:
+        gold = pq.read_table(stream, columns=["label"]).column("label").to_pylist()
     index = {name: number for number, name in enumerate(names)}
-    classes = np.array([index.get(name, -1) for name in table.column("label").to_pylist()])
+    classes = np.array([index.get(name, -1) for name in gold])
     usable = np.flatnonzero(classes >= 0)
     count = min(len(usable), gate.VALIDATION_ROWS)
     chosen = usable[np.arange(count) * len(usable) // max(1, count)]
-    taken = table.take(chosen)
-    texts = zip(taken.column("text").to_pylist(), taken.column("text_pair").to_pylist(), strict=True)
-    return [Row(text, pair) for text, pair in texts], classes[chosen]
+    return rows_at(storage(), dataset, chosen.tolist()), classes[chosen]
 
 
 @contextlib.contextmanager

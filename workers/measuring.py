@@ -16,7 +16,7 @@ from app.lifecycle import WorkFailed
 from app.models import Dataset, Measurement
 from app.options import JobSpec, Label, needs_confidence
 from app.storage import storage
-from workers import gate, labeling
+from workers import artifacts, gate, labeling
 from workers.failures import failure_of
 from workers.reporter import Heartbeat
 from workers.teachers.teacher import AskedToStop, Row, TeacherAway
@@ -104,17 +104,10 @@ def _asked(answers: labeling.Answers) -> int:
 
 
 def _rows(taken: Measurement) -> list[Row]:
-    """The sample's rows, read in one pass over the texts."""
+    """The sample's rows."""
     with session_scope() as session:
         dataset = session.get_one(Dataset, taken.dataset_id)
-    wanted, start = sorted(taken.rows), 0
-    rows: list[Row] = []
-    for batch in labels.texts_of(storage(), dataset.key):
-        rows += [Row(*batch[number - start]) for number in wanted if start <= number < start + len(batch)]
-        start += len(batch)
-        if start > wanted[-1]:
-            break
-    return rows
+    return artifacts.rows_at(storage(), dataset, sorted(taken.rows))
 
 
 def _spread(confidences: np.ndarray) -> dict[str, float]:

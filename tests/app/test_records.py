@@ -37,6 +37,7 @@ from app.records import (
     ingest_apart,
     read_rows,
     read_texts,
+    rows_at,
 )
 from tests.support import shared_data, wait_until
 
@@ -210,6 +211,14 @@ def test_a_slice_reads_the_rows_it_names(sink: Path, monkeypatch: pytest.MonkeyP
     for start in range(0, 55, 3):
         for stop in (None, *range(start, 55, 5)):
             assert read_texts(sink, start, stop)[0] == texts[start:stop]
+
+
+def test_rows_are_found_by_their_numbers_in_any_order(sink: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "GROUP_ROWS", 7)
+    take(sink, jsonl(*({"text": f"t{number}"} for number in range(50))))
+    numbers = [49, 0, 7, 6, 20, 0]
+    assert rows_at(sink, numbers, ["text"]) == [{"text": f"t{number}"} for number in numbers]
+    assert rows_at(sink, []) == []
 
 
 def test_the_shared_data_are_read_as_their_notes_say(sink: Path) -> None:
