@@ -18,6 +18,7 @@ A class is a situation; its docstring is the default sentence the client reads.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 from collections.abc import Iterable
@@ -276,6 +277,8 @@ def field_faults(errors: Iterable[Any]) -> list[Fault]:
             message = "unknown field; remove it or correct its spelling"
         elif error["type"] == "missing":
             message = "required field is missing"
+        elif error["type"] == "unknown_parameter":
+            message = _unknown_parameter(location[-1], error["ctx"]["taken"])
         elif error["type"] in ("too_long", "too_short") and isinstance(error["input"], str):
             # pydantic counts "items" where a length stands after a validator.
             message = re.sub(r"item(s?)( after validation)?", r"character\1", message)
@@ -285,6 +288,14 @@ def field_faults(errors: Iterable[Any]) -> list[Fault]:
             {"line": None, "pointer": _short(pointer(location)), "code": error["type"], "message": _short(message)}
         )
     return faults
+
+
+def _unknown_parameter(name: str, taken: list[str]) -> str:
+    if not taken:
+        return "unknown parameter; this route takes none in its query"
+    nearest = difflib.get_close_matches(name, taken, 1)
+    meant = f" Did you mean {nearest[0]}?" if nearest else ""
+    return f"unknown parameter; this route takes {', '.join(taken)}.{meant}"
 
 
 def _short(text: str) -> str:

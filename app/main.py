@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import audit, errors, records
 from app.api import checkpoints, comparisons, datasets, health, jobs, keys, transfers, webhooks
-from app.api.deps import problems, scope_needed
+from app.api.deps import current_key, only_known_parameters, problems, scope_needed
 from app.config import settings
 from app.models import new_id
 
@@ -36,8 +36,8 @@ ROUTERS = [
     comparisons.router,
     webhooks.router,
     keys.router,
-    health.router,
 ]
+"""Whose routes take a key."""
 WEB = Path(__file__).parent / "web"
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Of a request that uploads no file."""
@@ -163,8 +163,12 @@ def _tell_problems(document: dict[str, Any]) -> None:
         schemas.pop(name, None)
     problem = {"$ref": "#/components/schemas/ProblemRead"}
     taken_over = (problem["$ref"], "#/components/schemas/HTTPValidationError")
+    told = problems(errors.Unprocessable)[422]["description"]
     for operations in document["paths"].values():
         for method, operation in operations.items():
+            # Every route may be asked with a parameter that it does not know.
+            refusal = {"description": told, "content": {"application/json": {"schema": problem}}}
+            operation["responses"].setdefault("422", refusal)
             if "security" in operation:
                 _tell_what_a_key_meets(method, operation)
             for response in operation["responses"].values():
@@ -203,7 +207,8 @@ def create_app() -> FastAPI:
         redoc_url=None,
     )
     for router in ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(current_key), Depends(only_known_parameters)])
+    app.include_router(health.router, dependencies=[Depends(only_known_parameters)])
     errors.install(app)
     app.mount("/web", StaticFiles(directory=WEB), name="web")
 

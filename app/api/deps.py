@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import Depends, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from sqlalchemy import Select, select
@@ -101,6 +102,27 @@ async def current_tenant(key: KeyDep) -> str:
 
 
 TenantDep = Annotated[str, Depends(current_tenant)]
+
+
+async def only_known_parameters(request: Request) -> None:
+    """Refuse what the query holds and the OpenAPI document does not name for the route. Raises RequestValidationError."""
+    if not request.query_params:
+        return
+    document = await run_in_threadpool(request.app.openapi)  # the first time, it takes half a second to write
+    operations = document["paths"][request.scope["route"].path]
+    operation = operations["get" if request.method == "HEAD" else request.method.lower()]
+    taken = [parameter for parameter in operation.get("parameters", []) if parameter["in"] == "query"]
+    names = [parameter["name"] for parameter in taken]
+    maps = [parameter["name"] for parameter in taken if parameter.get("style") == "deepObject"]
+    shown = [f"{name}[key]" if name in maps else name for name in names]
+    unknown = [name for name in request.query_params if name not in names and name.partition("[")[0] not in maps]
+    if unknown:
+        raise RequestValidationError(
+            [
+                {"type": "unknown_parameter", "loc": ("query", name), "msg": "unknown", "ctx": {"taken": shown}}
+                for name in unknown
+            ]
+        )
 
 
 _readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")

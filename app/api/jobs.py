@@ -63,6 +63,14 @@ RETRY_AFTER_SECONDS = 2
 EVENT_POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15
 METADATA_FILTER = re.compile(r"metadata\[([\w.\-]{1,64})\]")
+BY_METADATA = {
+    "name": "metadata", "in": "query", "style": "deepObject", "explode": True,
+    "description": "Only jobs that carry this: `metadata[key]=value`, which may be repeated.",
+    "schema": {
+        "type": "object", "propertyNames": {"pattern": r"^[\w.\-]{1,64}$"},
+        "additionalProperties": {"type": "string"},
+    },
+}  # fmt: skip
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 
 
@@ -112,7 +120,12 @@ def create_job(
     )  # fmt: skip
 
 
-@router.get("", response_model=PageRead[JobRead], responses=problems(Unauthorized, Unprocessable))
+@router.get(
+    "",
+    response_model=PageRead[JobRead],
+    responses=problems(Unauthorized, Unprocessable),
+    openapi_extra={"parameters": [BY_METADATA]},
+)
 def list_jobs(
     request: Request,
     session: SessionDep,

@@ -11,7 +11,7 @@ from httpx2 import Response
 
 from app.config import settings
 from app.main import MAX_BODY_BYTES, create_app
-from tests.support import add_dataset, sentences, stored, tiny_spec
+from tests.support import add_dataset, new_key, sentences, stored, tiny_spec
 
 JSON = {"Content-Type": "application/json"}
 
@@ -121,6 +121,47 @@ def test_a_malformed_metadata_filter_is_refused_and_does_not_answer_with_every_j
     client: TestClient, name: str
 ) -> None:
     assert_problem(client.get(f"/jobs?{name}=x"), 422, "unprocessable")
+
+
+@pytest.mark.parametrize(
+    ("query", "meant"),
+    [
+        ("limt=5", " Did you mean limit?"),
+        ("Limit=5", " Did you mean limit?"),
+        ("team=support", ""),
+    ],
+)
+def test_a_parameter_that_a_route_does_not_know_is_refused_with_those_it_knows(
+    client: TestClient, query: str, meant: str
+) -> None:
+    told = f"unknown parameter; this route takes status, method, limit, after, metadata[key].{meant}"
+    problem = assert_problem(client.get(f"/jobs?{query}&limit=1"), 422, "validation_error")
+    name = query.partition("=")[0]
+    assert problem["detail"] == f"query/{name}: {told}"
+    assert problem["errors"] == [
+        {"line": None, "pointer": f"/query/{name}", "code": "unknown_parameter", "message": told}
+    ]
+
+
+def test_every_route_refuses_parameters_that_it_does_not_know(client: TestClient) -> None:
+    key = {"Authorization": f"Bearer {new_key('alice', scope='admin')}"}
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        for method in operations:
+            answer = client.request(method, path, params={"verbos": "1"}, headers=key)
+            problem = assert_problem(answer, 422, "validation_error")
+            assert [fault["pointer"] for fault in problem["errors"]] == ["/query/verbos"], f"{method} {path}"
+    assert client.head("/jobs/x/checkpoint?verbos=1").status_code == 422
+    assert_problem(TestClient(client.app).get("/jobs?verbos=1"), 401, "unauthorized")
+
+
+def test_thousands_of_unknown_parameters_are_counted_and_answered_in_short(client: TestClient) -> None:
+    problem = assert_problem(client.get("/jobs?" + "&".join(f"limit{n}" for n in range(3000))), 422, "validation_error")
+    assert (len(problem["errors"]), problem["total_errors"]) == (100, 3000)
+
+
+@pytest.mark.parametrize("page", ["/", "/docs", "/openapi.json", "/web/app.js"])
+def test_pages_are_shown_whatever_stands_behind_their_address(client: TestClient, page: str) -> None:
+    assert client.get(f"{page}?from=mail").status_code == 200
 
 
 # --- methods and paths ----------------------------------------------------------------------------------------------
