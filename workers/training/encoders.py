@@ -90,13 +90,6 @@ def save_student(student: Student, directory: Path) -> None:
     student.tokenizer.save_pretrained(directory)
 
 
-def load_student(directory: Path) -> Student:
-    """What save_student() wrote, in eval mode."""
-    source = pretrained.resolve(str(directory.resolve()), purpose="student", roots=[directory], allow_hub=False)
-    model = RobertaForSequenceClassification.from_pretrained(directory, **_safe(source), dtype=torch.float32)
-    return Student(model.eval(), AutoTokenizer.from_pretrained(directory, **_safe(source)), source)
-
-
 def _classification(labels: Sequence[str], dropout: float) -> dict[str, Any]:
     """What the config says about the task and its regularisation."""
     return {
