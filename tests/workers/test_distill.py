@@ -12,10 +12,11 @@ import torch
 from pydantic import TypeAdapter
 
 from app import options, pretrained
+from app.lifecycle import WorkFailed
 from tests.support import TOPICS, sentences
 from workers.reporter import MemoryReporter
-from workers.training import step
-from workers.training.data import tokenise
+from workers.training import lgtm, step
+from workers.training.data import Tokens, tokenise
 from workers.training.distill import distill
 from workers.training.encoders import build_student
 from workers.training.evaluation import predict_probabilities
@@ -148,6 +149,125 @@ def test_batches_that_hold_barred_rows_only_spoil_no_rule(kind: type[options.Opt
         assert torch.isfinite(tensor.double()).all(), name
     assert all(torch.isfinite(tensor).all() for tensor in run.student.model.state_dict().values())
     assert run.ledger.selected[::2].sum() == 0
+
+
+def test_the_ratio_of_a_class_is_of_all_its_rows_that_are_seen_barred_ones_too() -> None:
+    training = options.Training(epochs=1, batch_size=ROWS, learning_rate=5e-3)
+    run, report = trained(method(kind="random", ratio=0.5), training, barred=[0, 1, 3])
+    ratios = [values(report, f"class_ratio/{topic}")[0] or 0.0 for topic in TOPICS]
+    chosen = [run.ledger.selected[number::3].sum() for number in range(3)]  # the topics take turns
+    assert ratios == pytest.approx([count / 10 for count in chosen])
+    assert sum(chosen) == run.progress.selection()["selected"] > 0
+
+
+def test_an_epoch_in_which_nothing_is_selected_leaves_student_and_optimizer_alone_and_is_told() -> None:
+    chosen = method(kind="llkd", momentum=0.9999, floor=0.0)
+    training = options.Training(epochs=1, batch_size=8, learning_rate=5e-3)
+    run, pool, held_out = prepared(chosen, training)
+    before = {name: tensor.clone() for name, tensor in run.student.model.state_dict().items()}
+    run.rule_state |= {
+        "teacher_level": torch.tensor(9.0).double(), "teacher_class": torch.ones(3).double(), "teacher_seen": torch.ones(3).bool(),
+    }  # fmt: skip
+    report = MemoryReporter()
+    distill(run, pool, held_out, TOPICS, chosen, training, report)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.student.model.state_dict().items())
+    assert not run.optimizer.state
+    assert run.progress.selection()["selected"] == 0
+    assert set(values(report, "train_loss")) == {None}
+    assert [type for type, _, _ in report.events] == ["training.epoch", "training.starved"]
+
+
+@pytest.mark.parametrize("kind", ["no_selection", "kd", "lgtm"])
+def test_a_training_that_no_longer_computes_numbers_fails_and_says_so(kind: str) -> None:
+    chosen, training = method(kind=kind), options.Training(epochs=1, batch_size=8, learning_rate=5e-3)
+    run, pool, held_out = prepared(chosen, training)
+    with torch.no_grad():
+        run.student.model.classifier.dense.bias[3] = math.nan
+    with pytest.raises(WorkFailed, match=r"lower training\.learning_rate") as failed:
+        distill(run, pool, held_out, TOPICS, chosen, training, MemoryReporter())
+    assert failed.value.code == "training_diverged"
+    assert torch.isfinite(run.student.model.classifier.out_proj.weight).all()
+
+
+def test_of_equally_good_epochs_the_first_is_kept() -> None:
+    training = options.Training(epochs=3, batch_size=8, learning_rate=1e-12)
+    run, report = trained(method(kind="no_selection"), training)
+    assert len(set(values(report, "validation_macro_f1"))) == 1
+    assert run.progress.best_epoch == 1
+
+
+def test_biases_and_norms_are_not_decayed_and_each_model_has_its_own_rate() -> None:
+    training = options.Training(epochs=1, batch_size=8, learning_rate=4e-3, weight_decay=0.3)
+    run, _ = trained(method(kind="prokt", teacher={"learning_rate": 1e-3}), training)
+    optimizers = run.optimizer, run.companions["teacher"].optimizer
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert {(parameter.ndim > 1) * 0.3 for parameter in group["params"]} == {group["weight_decay"]}
+    own, theirs = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+    assert theirs == pytest.approx(own / 4)
+
+
+@pytest.mark.parametrize("kind", ["online", "dml", "prokt", "lgtm", "llkd_lgtm"])
+def test_heads_begin_at_zero_where_the_method_says_so(kind: str) -> None:
+    chosen = method(kind=kind)
+    run, _, _ = prepared(chosen, options.Training(learning_rate=1e-3))
+    for encoder in (run.student, run.companions["teacher"].encoder):
+        said = {bool(parameter.any()) for parameter in encoder.model.classifier.out_proj.parameters()}
+        assert (said == {False}) == chosen.zero_heads  # type: ignore[union-attr]
+    assert chosen.zero_heads == (kind != "dml")  # type: ignore[union-attr]
+
+
+def feedback_of(size: int, number: int, seed: int = 0) -> list[int]:
+    """The rows of a batch of feedback; there are the rows 3 to 8, of one token each."""
+    tokens = Tokens(np.arange(10, dtype=np.int32), np.arange(11), None, pad_token_id=99)
+    feedback = HeldOut(tokens, np.arange(3, 9), np.arange(3, 9) % 3)
+    arguments, labels = step.feedback_batch(feedback, size, number, seed, torch.device("cpu"))
+    rows: list[int] = arguments["input_ids"][:, 0].tolist()
+    assert labels.tolist() == [row % 3 for row in rows], "each row keeps its label"
+    return rows
+
+
+def test_feedback_rows_take_turns_and_are_shuffled_anew_in_every_round() -> None:
+    rounds = [[row for part in range(3) for row in feedback_of(2, 3 * turn + part)] for turn in range(3)]
+    assert [sorted(turn) for turn in rounds] == [list(range(3, 9))] * 3
+    assert rounds[0] != rounds[1] != rounds[2]
+    across = [row for number in range(3) for row in feedback_of(4, number)]
+    assert across == rounds[0] + rounds[1], "a batch may end one round and begin the next"
+    assert sorted(feedback_of(50, 0)) == list(range(3, 9)), "fewer rows than a batch wants are all of them"
+    assert feedback_of(6, 0, seed=1) != feedback_of(6, 0)
+
+
+def test_lgtm_asks_for_the_feedback_rows_in_turn_also_where_it_does_so_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def watched(feedback: HeldOut, size: int, number: int, *rest: Any) -> Any:
+        asked.append((size, number))
+        return step.feedback_batch(feedback, size, number, *rest)
+
+    monkeypatch.setattr(lgtm, "feedback_batch", watched)
+    training = options.Training(epochs=2, batch_size=8, learning_rate=5e-3)
+    trained(method(kind="lgtm", influence_every=3, feedback_batch_size=5), training)
+    trained(method(kind="lgtm", influence_every=4), training)
+    assert asked == [(5, 0), (5, 1), (5, 2), (8, 0), (8, 1)], "of eight steps"
+
+
+def test_llkd_lgtm_is_lgtm_on_the_rows_that_llkd_selects() -> None:
+    training = options.Training(epochs=2, batch_size=8, learning_rate=5e-3)
+    every_row = {"use_teacher_confidence": False, "use_student_uncertainty": False}
+    mine, report = trained(method(kind="llkd_lgtm", selection=every_row), training)
+    theirs, other = trained(method(kind="lgtm"), training)
+    for one, another in (
+        (mine.student, theirs.student),
+        (mine.companions["teacher"].encoder, theirs.companions["teacher"].encoder),
+    ):
+        for name, tensor in one.model.state_dict().items():
+            assert torch.equal(tensor, another.model.state_dict()[name]), name
+    assert mine.ledger.influence.tobytes() == theirs.ledger.influence.tobytes()
+    assert values(report, "train_loss") == values(other, "train_loss")
+    some, _ = trained(method(kind="llkd_lgtm", selection={"warm_up": "none"}), training)
+    measured = ~np.isnan(some.ledger.influence)
+    assert measured.sum() == some.progress.selection()["selected"] < 2 * ROWS
+    assert measured.sum(axis=1).tolist() == some.ledger.selected.tolist()
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.options import OTHER_LEARNING_RATE, Method, Training
-from workers.algorithms.selection.rule import Selection, Signals, State
+from workers.algorithms.selection.rule import Signals, State
 from workers.reporter import Report, Stopped
 from workers.training import shares
 from workers.training.courses import take_courses
@@ -39,6 +39,8 @@ from workers.training.step import Learned, Lesson, Step, backward_and_step, logi
 
 POINTS_PER_RUN = 200
 """About how many points a step series gets."""
+STARVED = 0.01
+"""An epoch that selects a smaller share of its rows than this gets a warning: thresholds that lag do so unnoticed."""
 
 
 def distill(
@@ -135,7 +137,7 @@ def distill(
 
                 run.ledger.note(rows, selection)
                 run.ledger.bar(batch[pool.barred[batch]])
-                _count(progress.interval, count, len(batch), teacher, selection)
+                _count(progress.interval, count, pool.teacher[batch], teacher[selection.mask])
                 progress.position += len(batch)
                 progress.step += 1
                 report.progress(rows_before + progress.epoch * rows_offered + progress.position)
@@ -199,19 +201,15 @@ def _permutation(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(rows)
 
 
-def _count(interval: Interval, count: EpochCount, seen: int, teacher: Tensor, selection: Selection) -> None:
-    selected = int(selection.mask.sum())
-    count.seen += seen
-    count.selected += selected
-    interval.seen += seen
-    interval.selected += selected
-    classes = teacher.shape[1]
-    pseudo_labels = teacher.argmax(dim=1)
-    for totals, chosen in (
-        (interval.class_seen, pseudo_labels),
-        (interval.class_selected, pseudo_labels[selection.mask]),
-    ):
-        by_class = torch.bincount(chosen, minlength=classes).tolist()
+def _count(interval: Interval, count: EpochCount, seen: Tensor, selected: Tensor) -> None:
+    """Take in a batch: the teacher's distributions, (B, C) of its rows, barred ones too, and (S, C) of those selected."""
+    count.seen += len(seen)
+    count.selected += len(selected)
+    interval.seen += len(seen)
+    interval.selected += len(selected)
+    classes = seen.shape[1]
+    for totals, distributions in ((interval.class_seen, seen), (interval.class_selected, selected)):
+        by_class = torch.bincount(distributions.argmax(dim=1), minlength=classes).tolist()
         totals[:] = [before + now for before, now in zip(totals or [0] * classes, by_class, strict=True)]
 
 
@@ -261,6 +259,11 @@ def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
         f"Epoch {epoch}: {count.selected} of {count.seen} rows selected, validation macro-F1 {scores['validation_macro_f1']:.4f}.",
         count=asdict(count), scores=figures,
     )  # fmt: skip
+    if count.selected < STARVED * count.seen:
+        report.event(
+            "training.starved", level="warning", count=asdict(count),
+            message=f"Epoch {epoch}: only {count.selected} of {count.seen} rows were selected; the student has next to nothing to learn from.",
+        )  # fmt: skip
     score = scores["validation_macro_f1"] + 1e-6 * scores["validation_accuracy"]
     if score > progress.best_score:
         progress.best_score, progress.best_epoch, progress.best_step = score, float(epoch), progress.step

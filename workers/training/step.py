@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from app.lifecycle import WorkFailed
 from app.options import ByDistance, Method, TaughtTogether, Training
 from workers.algorithms.distillation import LOSSES
 from workers.algorithms.selection.rule import Selection
@@ -184,9 +185,17 @@ def backward_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: 
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, training: Training) -> None:
-    """One step of the optimizer along the gradients of all processes, clipped; none are left."""
+    """One step of the optimizer along the gradients of all processes, clipped; none are left.
+
+    Raises WorkFailed where they are no longer finite, and leaves the weights as they are.
+    """
     shares.add_up_gradients(model.parameters())
-    torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+    if not norm.isfinite():
+        raise WorkFailed(
+            "training_diverged",
+            "The loss or its gradient is no longer a finite number; choose a lower training.learning_rate, or look at the model's weights.",
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -214,7 +223,8 @@ def without_dropout(*models: nn.Module) -> Iterator[None]:
 def feedback_batch(feedback: HeldOut, size: int, number: int, seed: int, device: torch.device) -> tuple[Inputs, Tensor]:
     """The `number`-th batch of feedback rows, and their labels: shuffled anew in every round over them.
 
-    A function of its arguments alone, so that nothing of it need be saved. The batch holds at most every row once.
+    A function of its arguments alone, so that nothing of it need be saved. A batch in which one round ends and the next
+    begins may hold a row twice.
     """
     rows = len(feedback.rows)
     size = min(size, rows)
