@@ -15,7 +15,7 @@ from torch.nn import functional
 from app import options
 from app.errors import InvalidSpec
 from tests.support import add_dataset, run, sentences, submit, tiny_spec
-from tests.workers.pairs import CLASSES, TRAINING, batch, feedback, optimizer, pair
+from tests.workers.pairs import CLASSES, TRAINING, batch, feedback, model, optimizer, pair
 from tests.workers.test_lgtm_job import TEACHER, series
 from tests.workers.test_lgtm_step import FREE, ONE_ROW, by_hand, divergence, sigmoid
 from workers.training.fixed_teacher import anchor_of, dist_loss, learn_from_fixed, pkd_loss, skd_loss
@@ -63,8 +63,11 @@ def test_the_square_of_the_temperature_is_there_when_asked_for(squared: bool, fa
 def test_a_step_of_skd_by_hand() -> None:
     """Two classes: the student's logits are at +- 2, the teacher's on the other side."""
     of = by_hand(student=0.5, teacher=-0.3)
-    learned = learn_from_fixed(of, ONE_ROW, method("skd", multiplier=2.0, distillation_share=1.0), FREE)
-    assert learned.loss == pytest.approx(divergence(sigmoid(-4), sigmoid(4)), rel=1e-5)
+    learned = learn_from_fixed(of, ONE_ROW, method("skd", multiplier=2.0, distillation_share=0.5), FREE)
+    # The label's cross-entropy is of the logits on the sphere, too.
+    assert learned.loss == pytest.approx(
+        0.5 * divergence(sigmoid(-4), sigmoid(4)) - 0.5 * math.log(sigmoid(4)), rel=1e-5
+    )
     assert of.student.weight.item() == pytest.approx(0.4, abs=1e-6)
 
 
@@ -72,9 +75,9 @@ def test_skd_does_not_see_shift_and_scale_of_the_logits() -> None:
     of, wish = pair(), method("skd", temperature=2.0)
     before = skd_loss(of, batch(), wish, TRAINING)
     with torch.no_grad():
-        for model, scale in ((of.student, 3.0), (of.teacher, 0.2)):
-            model.classifier.out_proj.weight.mul_(scale)  # type: ignore[union-attr, operator]
-            model.classifier.out_proj.bias.mul_(scale).add_(1.5)  # type: ignore[union-attr, operator]
+        for each, scale in ((of.student, 3.0), (of.teacher, 0.2)):
+            each.classifier.out_proj.weight.mul_(scale)  # type: ignore[union-attr, operator]
+            each.classifier.out_proj.bias.mul_(scale).add_(1.5)  # type: ignore[union-attr, operator]
     assert skd_loss(of, batch(), wish, TRAINING).item() == pytest.approx(before.item(), rel=1e-9)
 
 
@@ -86,13 +89,44 @@ def test_a_step_of_dist_by_hand() -> None:
     assert loss.item() == pytest.approx(0.5 * (3 * 2 + 5 * 1) - 0.5 * math.log(sigmoid(0.5)), rel=1e-5)
 
 
+def test_dist_softens_both_sides_and_has_no_square_of_the_temperature() -> None:
+    of = pair()
+    softened = dist_loss(of, batch(), method("dist", temperature=2.0, distillation_share=1.0), TRAINING)
+    with torch.no_grad():
+        for each in (of.student, of.teacher):
+            for parameter in each.classifier.out_proj.parameters():  # type: ignore[union-attr]
+                parameter.div_(2)
+    halved = dist_loss(of, batch(), method("dist", distillation_share=1.0), TRAINING)
+    assert softened.item() == pytest.approx(halved.item(), rel=1e-9)
+    assert softened.item() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["kd", "skd", "dist", "pkd", "pesf_kd", "meta_distill"])
+def test_a_teacher_that_has_learned_teaches_without_dropout(kind: str) -> None:
+    told = []
+    for seed in (1, 2):
+        of = pair()
+        of = type(of)(of.student, of.student_optimizer, model(2, 2, dropout=0.4), of.teacher_optimizer)
+        if kind == "pesf_kd":
+            of.teacher.adapter = Adapter(16, 8, CLASSES, dropout=0.0).double()
+            of = type(of)(of.student, of.student_optimizer, of.teacher, optimizer(of.teacher.adapter))
+        torch.manual_seed(seed)
+        if kind == "pesf_kd":
+            told.append(learn_pesf_kd(of, batch(), method(kind), TRAINING).loss)
+        elif kind == "meta_distill":
+            told.append(learn_meta_distill(of, batch(), feedback(), method(kind), TRAINING).figures)
+        else:
+            told.append(learn_from_fixed(of, batch(), method(kind), TRAINING).loss)
+    assert told[0] == told[1]
+
+
 def test_pkd_is_its_formula() -> None:
     of, rows = pair(), batch()
     of = type(of)(
         of.teacher, of.student_optimizer, of.student, of.teacher_optimizer
     )  # student of 2 layers, teacher of 1
     wish = method("pkd", hidden_weight=7.0, distillation_share=0.4, temperature=2.0)
-    said, own = (model(**rows.student, output_hidden_states=True) for model in (of.teacher.eval(), of.student))
+    said, own = (each(**rows.student, output_hidden_states=True) for each in (of.teacher.eval(), of.student))
     unit = [output.hidden_states[1][:, 0] / output.hidden_states[1][:, 0].norm(dim=1, keepdim=True) for output in (said, own)]  # fmt: skip
     inner = (unit[0] - unit[1]).square().mean()
     p, q = (output.logits.div(2).softmax(dim=1) for output in (said, own))
@@ -139,9 +173,9 @@ def test_the_meta_gradient_is_that_through_the_pilot_step() -> None:
         p = (target / 2).softmax(dim=1)
         return 4 * (p * ((target / 2).log_softmax(dim=1) - (logits / 2).log_softmax(dim=1))).sum(dim=1).mean()
 
-    for model in (of.student, of.teacher):
-        model.eval()
-        model.set_attn_implementation("eager")  # type: ignore[operator]
+    for each in (of.student, of.teacher):
+        each.eval()
+        each.set_attn_implementation("eager")  # type: ignore[operator]
     said, logits = of.teacher(**rows.teacher).logits, of.student(**rows.student).logits
     whole = 0.6 * plain_kl(said, logits) + 0.4 * functional.cross_entropy(logits, rows.labels)
     names = [name for name, _ in of.student.named_parameters()]

@@ -16,14 +16,14 @@ from torch.nn import functional
 
 from app import options
 from benchmarks.plain_lgtm import plain_step
-from tests.workers.pairs import CLASSES, TRAINING, batch, feedback, lgtm, optimizer, pair
+from tests.workers.pairs import CLASSES, TRAINING, batch, feedback, lgtm, model, optimizer, pair
 from workers.algorithms import influence as influences
 from workers.algorithms.distillation import LOSSES, ce, kl
 from workers.training.dml import learn_dml
 from workers.training.lgtm import along_direction, feedback_gradient, learn_lgtm, teacher_loss
 from workers.training.online import learn_online
 from workers.training.prokt import learn_prokt
-from workers.training.step import Batch, Pair, evaluating
+from workers.training.step import Batch, Pair, auxiliary_loss, evaluating, student_loss
 
 Gradient = list[Tensor]
 
@@ -73,7 +73,8 @@ def slow_influences(of: Pair, rows: Batch, direction: dict[str, Tensor], method:
     with torch.enable_grad():
         of.student.eval()
         for row in range(len(rows.labels)):
-            losses = LOSSES[method.distillation_loss](teacher_logits, logits(of.student, rows.student), 1.0)
+            said = logits(of.student, rows.student)
+            losses = LOSSES[method.distillation_loss](teacher_logits, said, method.temperature)
             slopes = torch.autograd.grad(losses[row], list(of.student.parameters()))
             found.append(sum((slope * v).sum() for slope, v in zip(slopes, direction.values(), strict=True)))
         of.student.train()
@@ -83,7 +84,7 @@ def slow_influences(of: Pair, rows: Batch, direction: dict[str, Tensor], method:
 @pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_exact_influence_is_each_rows_gradient_times_the_direction(loss: str, dtype: torch.dtype, bound: float) -> None:
-    of, rows, method = pair(dtype=dtype), batch(), lgtm(distillation_loss=loss)
+    of, rows, method = pair(dtype=dtype), batch(), lgtm(distillation_loss=loss, temperature=2.0)
     direction = direction_of(of, rows, method)
     teacher_logits = logits(of.teacher, rows.teacher)
     along = along_direction(of, rows, direction, method)
@@ -193,8 +194,10 @@ def test_the_teachers_gradient_is_that_of_the_authors_algorithm() -> None:
     assert math.log10(exact / closer) == pytest.approx(2, abs=0.2)
 
 
-def test_a_whole_step_is_that_of_the_authors_algorithm() -> None:
-    method = lgtm(influence="finite_difference", influence_scale=300.0)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_whole_step_is_that_of_the_authors_algorithm(temperature: float) -> None:
+    """Also with softened distributions: neither knows a factor of the temperature's square."""
+    method = lgtm(influence="finite_difference", influence_scale=300.0, temperature=temperature, distillation_share=0.8)
     mine, theirs = pair(), pair()
     for number in range(3):
         rows, back = batch(seed=20 + number), feedback(seed=30 + number)
@@ -273,15 +276,19 @@ class Constant:
 
 @pytest.mark.parametrize(("influence", "weight"), [(1.0, 1.0), (-0.5, -0.5), (70.0, 2.0), (-70.0, -2.0)])
 def test_the_weighted_mode_weighs_the_distillation_losses_and_clips(influence: float, weight: float) -> None:
-    of, rows, method = pair(), batch(), lgtm(mode="weighted", influence_clip=2.0, distillation_loss="ce")
+    of, rows, method = (
+        pair(),
+        batch(),
+        lgtm(mode="weighted", influence_clip=2.0, distillation_loss="ce", temperature=3.0),
+    )
     teacher_logits, student_logits = logits(of.teacher, rows.teacher), logits(of.student, rows.student).detach()
     along: Any = Constant(influence, student_logits)
     found, loss = teacher_loss(of, rows, teacher_logits, student_logits, along, method)
-    auxiliary = 0.4 * ce(student_logits, teacher_logits).mean() + 0.6 * functional.cross_entropy(
+    auxiliary = 0.4 * ce(student_logits, teacher_logits, 3.0).mean() + 0.6 * functional.cross_entropy(
         teacher_logits, rows.labels
     )
     assert (loss - auxiliary).item() == pytest.approx(
-        weight * ce(teacher_logits, student_logits).mean().item(), rel=1e-9
+        weight * ce(teacher_logits, student_logits, 3.0).mean().item(), rel=1e-9
     )
     assert found.tolist() == [influence] * 5
 
@@ -323,6 +330,42 @@ def test_the_same_seed_gives_the_same_step() -> None:
         learn_lgtm(of, batch(), feedback(), lgtm(), TRAINING)
         found.append(state(of))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("kind", ["prokt", "lgtm"])
+def test_the_teacher_is_taken_without_dropout_where_the_student_learns_from_it(kind: str) -> None:
+    told = []
+    for seed in (1, 2):
+        of, rows = pair(), batch()
+        resting = Pair(of.student, of.student_optimizer, model(2, 2, dropout=0.4), of.teacher_optimizer)
+        torch.manual_seed(seed)
+        if kind == "lgtm":
+            told.append(learn_lgtm(resting, rows, feedback(), lgtm(), TRAINING).loss)
+        else:
+            told.append(learn_prokt(resting, rows, options.ProKT(kind="prokt"), TRAINING).loss)
+        assert resting.teacher.training
+    assert told[0] == told[1]
+
+
+def test_prokts_teacher_is_held_near_the_student_without_dropout() -> None:
+    told = []
+    for seed in (1, 2):
+        of = pair()
+        of = Pair(model(1, 1, dropout=0.4), of.student_optimizer, of.teacher, of.teacher_optimizer)
+        torch.manual_seed(seed)
+        told.append(learn_prokt(of, batch(), options.ProKT(kind="prokt"), TRAINING).figures["teacher_loss"])
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("learn", [learn_online, learn_dml])
+def test_peers_hear_each_other_with_dropout(learn: Any) -> None:
+    told = set()
+    for seed in (1, 2):
+        of = pair()
+        of = Pair(of.student, of.student_optimizer, model(2, 2, dropout=0.4), of.teacher_optimizer)
+        torch.manual_seed(seed)
+        told.add(learn(of, batch(), options.DML(kind="dml"), TRAINING).loss)
+    assert len(told) == 2
 
 
 def test_the_student_learns_from_the_teacher_of_after_its_step() -> None:
@@ -402,6 +445,15 @@ def test_a_step_of_online_distillation_and_of_mutual_learning_by_hand(kind: str)
     heard, step = {"online": (p_t, -0.1), "dml": (sigmoid(-0.1), 0.1)}[kind]
     assert of.student.weight.item() == pytest.approx(-0.2 + step, abs=1e-6)
     assert learned.loss == pytest.approx(divergence(heard, p_s), rel=1e-5)
+
+
+def test_mutual_learning_is_symmetric_and_half_of_the_papers_loss() -> None:
+    rows, wish = batch(), options.DML(kind="dml")
+    one, other = (logits(model, rows.student) for model in (pair().student, pair().teacher))
+    mine = student_loss(other, one, rows.labels, wish)
+    assert mine.item() == auxiliary_loss(one, other, rows.labels, wish).item()
+    paper = functional.cross_entropy(one, rows.labels) + kl(other, one).mean()
+    assert mine.item() == pytest.approx(paper.item() / 2, rel=1e-12)
 
 
 def divergence(p: float, q: float) -> float:
