@@ -388,7 +388,7 @@ def test_every_type_of_event_is_explained() -> None:
 
 
 def test_every_error_code_is_explained() -> None:
-    position = {"note": 1, "BadRow": 1, "WorkFailed": 0, "_warning": 0, "_fail": 2, "fail": 2, "fail_shard": 2}
+    position = {"note": 1, "BadRow": 1, "WorkFailed": 0, "_warning": 0, "fail_locked": 2, "fail": 2}
     codes = {
         code
         for name, call in calls(*position)
