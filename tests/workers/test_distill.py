@@ -196,6 +196,20 @@ def test_of_equally_good_epochs_the_first_is_kept() -> None:
     assert run.progress.best_epoch == 1
 
 
+@pytest.mark.parametrize("kind", ["prokt", "meta_distill"])
+def test_teacher_and_student_learn_with_dropout(kind: str) -> None:
+    chosen, training = method(kind=kind), options.Training(epochs=1, batch_size=8, learning_rate=1e-3)
+    run, pool, held_out = prepared(chosen, training)
+    models = run.student.model, run.companions["teacher"].encoder.model
+    assert [model.training for model in models] == [False, False], "as they are built"
+    modes = []
+    distill(
+        run, pool, held_out, TOPICS, chosen, training, MemoryReporter(),
+        on_epoch=lambda run: modes.extend(model.training for model in models),
+    )  # fmt: skip
+    assert modes == [True, True]
+
+
 def test_biases_and_norms_are_not_decayed_and_each_model_has_its_own_rate() -> None:
     training = options.Training(epochs=1, batch_size=8, learning_rate=4e-3, weight_decay=0.3)
     run, _ = trained(method(kind="prokt", teacher={"learning_rate": 1e-3}), training)

@@ -138,7 +138,7 @@ def test_influence_does_not_change_with_constants_on_the_logits_and_grows_with_t
     assert isinstance(along, influences.Tangent)
     p = along.logits.softmax(dim=1)
     shift = p * (along.velocity - (p * along.velocity).sum(dim=1, keepdim=True))
-    assert shift.sum(dim=1).abs().max() < 1e-15 < shift.abs().max()
+    assert shift.sum(dim=1).abs().max() < 1e-13 < shift.abs().max()
 
 
 def test_equal_rows_have_equal_influence_wherever_they_stand() -> None:
