@@ -135,11 +135,15 @@ def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     if isinstance(plan.spec.method, TeacherAlone):
         return 0.0, True
     rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
-    epochs, method = plan.spec.training.epochs, plan.spec.method
-    if isinstance(method, TeacherFirst):
-        epochs += (method.teacher_epochs or epochs) * (2 if isinstance(method, TAKD) else 1)
+    rows, wish, method = plan.datasets["train"].rows, plan.spec.labeling.waves, plan.spec.method
+    offered = 0
     # With waves, the most it can be: every wave's student is trained anew on all rows so far.
-    return sum(waves.ends(plan.datasets["train"].rows, plan.spec.labeling.waves)) * epochs / rate, measured
+    for end in waves.ends(rows, wish):
+        epochs = waves.stretched(plan.spec.training.epochs, end, rows, wish)
+        if isinstance(method, TeacherFirst):
+            epochs += (method.teacher_epochs or epochs) * (2 if isinstance(method, TAKD) else 1)
+        offered += end * epochs
+    return offered / rate, measured
 
 
 def _cost(plan: Plan, tokens: int, rows: int) -> float | None:

@@ -1,7 +1,7 @@
 """Waves: ask the teacher about some rows, train a student on them, and ask about more only while that helps.
 
-Pure functions: where each wave ends, and whether what the trainings so far have shown speaks for another. The moves are
-lifecycle's; docs/decisions/0006 says why every wave's student starts anew.
+Pure functions: where each wave ends, how long its student trains, and whether what the trainings so far have shown speaks
+for another. The moves are lifecycle's; docs/decisions/0006 says why every wave's student starts anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.options import Waves
+
+CERTAINTY = 0.9
+"""That a wave has gained less than `min_gain`, before no further wave is asked about."""
 
 
 def ends(rows: int, wish: Waves | None) -> list[int]:
@@ -29,27 +32,27 @@ def ends(rows: int, wish: Waves | None) -> list[int]:
     return found
 
 
+def stretched(epochs: int, asked: int, rows: int, wish: Waves | None) -> int:
+    """In how many epochs `asked` of the train rows take as many steps as all `rows` in `epochs`, as far as is wished.
+
+    Without it a student of few rows is short of steps, and its score hides how little more labels would add.
+    """
+    return epochs if wish is None else round(epochs * min(rows / asked, wish.max_stretch))
+
+
 def reason_to_stop(history: Sequence[dict[str, Any]], wish: Waves) -> str | None:
     """Why no further wave is asked about, in a sentence; None: the next one is.
 
-    history: of each wave so far, in order, the train rows asked about up to it (`rows`), how many of them were selected
-    at least once (`selected`), the validation macro-F1 from 0 to 1 (`macro_f1`, None where nothing could be trained), and
-    whether its labels were mixed otherwise than those before (`drifted`).
+    history: of each wave so far, in order, the train rows asked about up to it (`rows`), the validation macro-F1 from 0
+    to 1 (`macro_f1`, None where nothing could be trained), what it gained at most, with CERTAINTY, over the wave
+    before that has a score (`gain_at_most`, None where there is none), and whether its labels were mixed otherwise than
+    those before (`drifted`).
     """
-    scored = [wave for wave in history if wave["macro_f1"] is not None]
-    if len(scored) < 2 or history[-1]["macro_f1"] is None or history[-1]["drifted"]:
+    last = history[-1]
+    if last["gain_at_most"] is None or last["gain_at_most"] >= wish.min_gain or last["drifted"]:
         return None
-    last, before = scored[-1], scored[-2]
-    added, asked = last["selected"] - before["selected"], last["rows"] - before["rows"]
-    if max(added, 0) < wish.min_selected * asked:
-        return (
-            f"the last {asked} rows that were asked about added {added} to the {before['selected']} that are selected"
-        )
-    if len(scored) <= wish.patience:
-        return None
-    best_before = max(wave["macro_f1"] for wave in scored[: -wish.patience])
-    best_since = max(wave["macro_f1"] for wave in scored[-wish.patience :])
-    if best_since - best_before >= wish.min_gain:
-        return None
-    asked = last["rows"] - scored[-wish.patience - 1]["rows"]
-    return f"the last {asked} rows that were asked about moved validation macro-F1 from {best_before:.4f} to {best_since:.4f}"
+    before = [wave for wave in history[:-1] if wave["macro_f1"] is not None][-1]
+    return (
+        f"the last {last['rows'] - before['rows']} rows that were asked about moved validation macro-F1 from "
+        f"{before['macro_f1']:.4f} to {last['macro_f1']:.4f}, by at most {last['gain_at_most']:.4f} with {CERTAINTY:.0%} certainty"
+    )

@@ -4,15 +4,15 @@
 
 Everything runs in this process, on the training loop of the service: the embedding teacher with 16 examples a class
 labels the pool, each method trains the same student on it, the checkpoint is chosen on 500 validation rows. Prints one
-table a data set with means over the seeds; a finished run is a line of --log and is not run again.
+table a data set with means over the seeds; a finished run is on record in --out and is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from app import options, pretrained
-from benchmarks.data import ROOT, SHARED, few_shot, read_split
+from benchmarks.data import ROOT, few_shot, present, read_split
+from benchmarks.record import Record, end_by_interrupt, spread, table
 from workers.algorithms import metrics
 from workers.reporter import MemoryReporter
 from workers.teachers import TEACHERS
@@ -32,7 +33,7 @@ from workers.training.data import tokenise
 from workers.training.distill import distill
 from workers.training.encoders import build_student
 from workers.training.evaluation import predict_probabilities
-from workers.training.run import HeldOut, Pool, begin
+from workers.training.run import HeldOut, Pool, Run, begin
 
 PAPER = {"class_norm": "max", "student_threshold": "moving_average", "warm_up": "none", "floor": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,58 +73,46 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--learning-rate", type=float, help="instead of the student's own default")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--log", type=Path, default=ROOT / "build" / "cold_start.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "cold-start.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
-    arguments.log.parent.mkdir(parents=True, exist_ok=True)
-    arguments.log.touch()
-    for name in arguments.data:
-        if (SHARED / name).is_dir():
-            report(name, arguments)
-        else:
-            print(f"cold_start: skipped, the data set {name} is not at {SHARED}")
-
-
-def report(name: str, arguments: argparse.Namespace) -> None:
-    """Run what the log lacks, then print the table of one data set."""
-    lines = [json.loads(line) for line in arguments.log.read_text().splitlines()]
-    task = None
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(arguments.seeds):
-        for method in arguments.methods:
-            wanted = {
-                **{key: getattr(arguments, key) for key in ("student", "rows", "epochs", "precision")},
-                **{"data": name, "method": METHODS[method], "seed": seed},
-                **({"learning_rate": arguments.learning_rate} if arguments.learning_rate else {}),
-            }
-            found = next(
-                (
-                    line
-                    for line in lines
-                    if wanted.items() <= line.items() and line.get("learning_rate") == arguments.learning_rate
-                ),
-                None,
-            )
-            if found is None:
-                task = task or prepare(name, arguments.rows)
-                found = wanted | run(task, wanted)
-                with arguments.log.open("a") as log:
-                    log.write(json.dumps(found) + "\n")
-            runs.setdefault(method, []).append(found)
-    print(
-        f"\n{name}, student {arguments.student}, {arguments.rows} rows, {arguments.epochs} epochs, {arguments.seeds} seeds"
-    )
-    print("\n| method | accuracy | macro-F1 | seen | seen by epoch, % |\n|---|---|---|---|---|")
-    for method, group in runs.items():
-        by_epoch = " ".join(
-            f"{100 * statistics.mean(shares):.0f}"
-            for shares in zip(*[each["epoch_ratios"] for each in group], strict=True)
+    end_by_interrupt()
+    data = present(arguments.data)
+    names = ("student", "rows", "epochs", "precision", "learning_rate")
+    record = Record(arguments.out, {name: getattr(arguments, name) for name in names})
+    rate = arguments.learning_rate or options.LEARNING_RATES[STUDENTS[arguments.student].model]
+    wanted = [
+        {"data": name, "method": method, "seed": seed}
+        for name in data
+        for seed in range(arguments.seeds)
+        for method in arguments.methods
+    ]
+    for run in record.missing(wanted):
+        task = prepare(run["data"], arguments.rows)
+        training = options.Training(
+            epochs=arguments.epochs, learning_rate=rate, seed=run["seed"], precision=arguments.precision
         )
-        print(f"| {method} | {spread(group, 'accuracy')} | {spread(group, 'macro_f1')} | {spread(group, 'ratio')} % | {by_epoch} |")  # fmt: skip
+        trained, answers = train(task, arguments.student, METHODS[run["method"]], training)
+        record.add({**run, **figures(task, trained, answers)})
+    for name in data:
+        print(f"\n{name}, student {arguments.student}, {arguments.rows} rows, {arguments.epochs} epochs, {arguments.seeds} seeds")  # fmt: skip
+        print("\n".join(table(HEADINGS, [row(method, name, record) for method in arguments.methods])))
 
 
-def prepare(name: str, rows: int) -> Task:
+HEADINGS = ["method", "accuracy", "macro-F1", "seen", "seen by epoch, %"]
+
+
+def row(method: str, name: str, record: Record) -> list[str]:
+    """The cells of one method on one data set."""
+    runs = [run for run in record.runs if (run["data"], run["method"]) == (name, method)]
+    accuracy, macro_f1, ratio = (spread([run[key] for run in runs]) for key in ("accuracy", "macro_f1", "ratio"))
+    epochs = zip(*[run["epoch_ratios"] for run in runs], strict=True)
+    return [method, accuracy, macro_f1, f"{ratio} %", " ".join(f"{100 * statistics.mean(each):.0f}" for each in epochs)]
+
+
+@lru_cache(maxsize=1)
+def prepare(name: str, rows: int, validation_rows: int = 500) -> Task:
     """Let the teacher label the pool; its examples come from the train rows and leave the pool."""
     examples, rest = few_shot(read_split(name, "train"), 16)
     labels = sorted({row["label"] for row in examples})
@@ -134,51 +123,42 @@ def prepare(name: str, rows: int) -> Task:
     teacher = TEACHERS["embedding"](wish, [options.Label(name=label) for label in labels], bundled)
     texts = [row["text"] for row in rest[:rows]]
     held_out = {}
-    for split, limit in (("validation", 500), ("test", 2000)):
+    for split, limit in (("validation", validation_rows), ("test", 2000)):
         truth = read_split(name, split, limit)
         held_out[split] = ([row["text"] for row in truth], torch.tensor([labels.index(row["label"]) for row in truth]))
     probabilities = torch.from_numpy(teacher.label([Row(text) for text in texts]).probabilities)
     return Task(labels, texts, probabilities, held_out)
 
 
-def run(task: Task, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Train one student; its scores on the test rows and what it was trained on."""
-    wish = STUDENTS[wanted["student"]]
-    method = TypeAdapter(options.Method).validate_python(wanted["method"])
-    training = options.Training(
-        epochs=wanted["epochs"],
-        learning_rate=wanted.get("learning_rate", options.LEARNING_RATES[wish.model]),
-        seed=wanted["seed"],
-        precision=wanted["precision"],
-    )
+def train(
+    task: Task, student: str, method: dict[str, Any], training: options.Training
+) -> tuple[Run, dict[str, Tensor]]:
+    """A finished training of one of STUDENTS, and its answers to the held-out rows, by split."""
+    wish, rule = STUDENTS[student], TypeAdapter(options.Method).validate_python(method)
     source = pretrained.resolve(wish.model, purpose="student", roots=[], allow_hub=False)
-    student = build_student(wish, task.labels, task.texts, None, source, seed=wanted["seed"])
+    encoder = build_student(wish, task.labels, task.texts, None, source, seed=training.seed)
     everything = np.arange(len(task.texts))
-    pool = Pool(tokenise(student.tokenizer, task.texts), task.teacher, everything, np.zeros(len(everything), bool))
-    tokens, gold = {}, {}
-    for split, (texts, truth) in task.held_out.items():
-        tokens[split], gold[split] = tokenise(student.tokenizer, texts), truth
-    held_out = HeldOut(tokens["validation"], np.arange(len(gold["validation"])), gold["validation"].numpy())
-    training_run = begin(student, pool, method, training, len(task.labels))
-    distill(training_run, pool, held_out, task.labels, method, training, MemoryReporter())
-    predicted = predict_probabilities(student.model, tokens["test"]).argmax(dim=1)
-    selection = training_run.progress.selection()
+    pool = Pool(tokenise(encoder.tokenizer, task.texts), task.teacher, everything, np.zeros(len(everything), bool))
+    tokens = {split: tokenise(encoder.tokenizer, texts) for split, (texts, _) in task.held_out.items()}
+    gold = task.held_out["validation"][1].numpy()
+    held_out = HeldOut(tokens["validation"], np.arange(len(gold)), gold)
+    run = begin(encoder, pool, rule, training, len(task.labels))
+    distill(run, pool, held_out, task.labels, rule, training, MemoryReporter())
+    return run, {split: predict_probabilities(encoder.model, tokens[split]).argmax(dim=1) for split in tokens}
+
+
+def figures(task: Task, run: Run, answers: dict[str, Tensor]) -> dict[str, Any]:
+    """Scores on the test rows, from 0 to 1, and what the student was trained on."""
+    gold, selection = task.held_out["test"][1], run.progress.selection()
     return {
-        "accuracy": 100 * float(metrics.accuracy(gold["test"], predicted)),
-        "macro_f1": 100 * float(metrics.macro_f1(gold["test"], predicted)),
-        "validation_macro_f1": 100 * training_run.progress.best_score,
-        "ratio": 100 * selection["ratio"],
-        "selected": int((training_run.ledger.selected > 0).sum()),
+        "accuracy": float(metrics.accuracy(gold, answers["test"])),
+        "macro_f1": float(metrics.macro_f1(gold, answers["test"])),
+        "validation_macro_f1": run.progress.best_metrics["validation_macro_f1"],
+        "ratio": selection["ratio"],
+        "selected": int((run.ledger.selected > 0).sum()),
         "epoch_ratios": [epoch["ratio"] for epoch in selection["epochs"]],
-        "seconds": training_run.progress.seconds,
+        "seconds": run.progress.seconds,
     }
-
-
-def spread(runs: list[dict[str, Any]], name: str) -> str:
-    """Mean ± standard deviation over the seeds."""
-    values = [run[name] for run in runs]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 if __name__ == "__main__":

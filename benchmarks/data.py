@@ -12,6 +12,14 @@ SHARED = ROOT.parent / "shared" / "data"
 Rows = list[dict[str, str]]
 
 
+def present(names: list[str]) -> list[str]:
+    """Those of the data sets that are there; it is printed which are not."""
+    for name in names:
+        if not (SHARED / name).is_dir():
+            print(f"skipped: the data set {name} is not at {SHARED}")
+    return [name for name in names if (SHARED / name).is_dir()]
+
+
 def read_split(name: str, split: str, limit: int | None = None) -> Rows:
     """The first rows of one split of a shared data set. Raises FileNotFoundError where it is not."""
     folder = SHARED / name

@@ -75,7 +75,8 @@ def predicted(folder: Path, rows: list[dict[str, Any]]) -> list[str]:
 def assert_the_numbers_agree(client: TestClient, job: dict[str, Any], rows: int) -> None:
     """Job, metric series and ledger tell the same story, to the last row."""
     selection, points, entries = job["selection"], series(client, job), ledger_of(job)
-    epochs = job["spec"]["training"]["epochs"]
+    waves = job["labeling"]["waves"]
+    epochs = waves["history"][-1]["epochs"] if waves else job["spec"]["training"]["epochs"]
     assert selection["seen"] == rows * epochs == sum(entry["offered"] for entry in entries)
     assert selection["selected"] == sum(entry["selected"] for entry in entries)
     assert selection["ratio"] == selection["selected"] / selection["seen"]

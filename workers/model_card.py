@@ -148,11 +148,12 @@ def _waves(waves: dict[str, Any] | None) -> list[str]:
         f"The teacher was asked in waves, about {waves['rows_asked']:,} rows in all and not about {waves['rows_withheld']:,}"
         f"{saved}. It ended there because {waves['history'][-1]['stopped']}.",
         "",
-        "| wave | rows asked about | of them selected | validation macro-F1 |",
-        "|---|---|---|---|",
+        "| wave | rows asked about | epochs | rows selected | validation macro-F1 | above the wave before, at most |",
+        "|---|---|---|---|---|---|",
         *(
-            f"| {wave['wave']} | {wave['rows']:,} | {wave['selected']:,}"
-            f" | {'' if wave['macro_f1'] is None else format(wave['macro_f1'], '.4f')} |"
+            f"| {wave['wave']} | {wave['rows']:,} | {wave['epochs'] or ''} | {wave['selected']:,}"
+            f" | {'' if wave['macro_f1'] is None else format(wave['macro_f1'], '.4f')}"
+            f" | {'' if wave['gain_at_most'] is None else format(wave['gain_at_most'], '.4f')} |"
             for wave in waves["history"]
         ),
         "",

@@ -22,12 +22,13 @@ from app.models import Checkpoint, Dataset, Job, LabelSet, LabelShard
 from app.options import PKD, TAKD, FeedsBack, JobSpec, LLMTeacher, TaughtByEncoder, TeacherAlone
 from app.options import Student as StudentOptions
 from app.storage import Storage, storage
+from app.waves import stretched
 from workers import artifacts, calibration, label_report, waves
 from workers.labeling import read_labels
 from workers.reporter import Reporter, Stopped
 from workers.training import resume
 from workers.training.data import Tokens, tokenise
-from workers.training.distill import distill
+from workers.training.distill import asking, distill
 from workers.training.encoders import Student, build_student
 from workers.training.evaluation import Answers, Scores, calibrate, evaluate, predict_probabilities
 from workers.training.processes import how_many, together
@@ -148,7 +149,10 @@ def run_job(job: Job, report: Reporter) -> None:
             message=f"{barred} train rows also stand in the validation or test set; they are seen but never trained on.",
         )  # fmt: skip
 
-    run = begin(student, pool, material.spec.method, material.spec.training, len(material.labels), teacher, assistant)
+    training = material.spec.training
+    epochs = stretched(training.epochs, wave.rows, wave.of_rows, material.spec.labeling.waves)
+    training = training.model_copy(update={"epochs": epochs})
+    run = begin(student, pool, material.spec.method, training, len(material.labels), teacher, assistant)
     run.progress.wave = wave.number
     if resume.restore(run, files, job.id):
         report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
@@ -169,21 +173,31 @@ def run_job(job: Job, report: Reporter) -> None:
             feedback_rows, report.confirm,
         )  # fmt: skip
 
-    work = (run, pool, held_out, material.labels, material.spec.method, material.spec.training, report)
+    work = (run, pool, held_out, material.labels, material.spec.method, training, report)
     with together(how_many(), *work):
         distill(
             *work, save=save, save_every_seconds=settings().resume_every_seconds, on_epoch=write_ledger
         )  # fmt: skip
     report.selection(run.progress.selection())
     try:
-        if material.spec.labeling.waves is not None and _end_wave(job, waves.shown(wave, probabilities, run), report):
-            return
+        if material.spec.labeling.waves is not None:
+            gain = _gain(job, wave, files, run, held_out, report)
+            if _end_wave(job, waves.shown(wave, probabilities, run, gain), report):
+                return
         evaluation = score(job, files, material, student, tokens, held_out, probabilities, barred, report)
         about_labels = report_labels(job, files, material, run, tokens["train"], taught_rows, report)
         _publish(job, files, material, run, evaluation, about_labels, report)
     except Stopped:
         save(run)
         raise
+
+
+def _gain(job: Job, wave: waves.Wave, files: Storage, run: Run, held_out: HeldOut, report: Reporter) -> float | None:
+    """How far the best student may be above that of the wave before."""
+    predicted = predict_probabilities(run.student.model, held_out.tokens, held_out.rows, should_stop=asking(report))
+    answers = np.stack([held_out.rows, held_out.gold, predicted.argmax(dim=1).numpy()])
+    macro_f1 = run.progress.best_metrics["validation_macro_f1"]
+    return waves.gain_since(job, wave, files, answers, macro_f1, report.confirm)
 
 
 def _end_wave(job: Job, shown: dict[str, Any], report: Reporter) -> bool:
@@ -399,11 +413,7 @@ def score(
     seed = material.spec.training.seed
     splits = [split for split in ("validation", "test") if split in material.datasets]
     report.phase("evaluating", sum(material.datasets[split].rows for split in splits) or len(held_out.rows))
-
-    def should_stop() -> bool:
-        report.check()
-        return False
-
+    should_stop = asking(report)
     evaluation: dict[str, Any] = {"validation": None, "test": None, "pseudo_labels": None, "barred_rows": barred}
     answers: dict[str, Answers] = {}
     done = 0
@@ -498,11 +508,7 @@ def report_labels(
         return label_report.Rows(material.joined(split), lines, material.probabilities(split), material.gold(split))
 
     def predict(wanted: NDArray[np.int64]) -> NDArray[np.float32]:
-        def should_stop() -> bool:
-            report.check()
-            return False
-
-        return predict_probabilities(run.student.model, tokens, wanted, should_stop=should_stop).numpy()
+        return predict_probabilities(run.student.model, tokens, wanted, should_stop=asking(report)).numpy()
 
     try:
         full = label_report.report(
@@ -584,7 +590,7 @@ def _publish(
     except lifecycle.LeaseLost:
         files.delete(checkpoint.key)
         raise
-    files.delete(resume.key(job.id))
+    files.delete_all(resume.folder(job.id))
 
 
 def final_metrics(evaluation: dict[str, Any]) -> dict[str, float | None]:

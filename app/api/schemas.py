@@ -90,8 +90,12 @@ class WaveRead(Read):
     """Train rows asked about up to it."""
     selected: int
     """Of those, trained on at least once."""
+    epochs: int | None = None
+    """That its student was trained; null where nothing could be trained."""
     macro_f1: float | None
     """On the validation rows; null where nothing could be trained."""
+    gain_at_most: float | None = None
+    """How far it may be above the wave before in macro_f1, with 90 % certainty; null where there is none to compare with."""
     drifted: bool
     """Whether its labels were mixed otherwise than those of the waves before."""
     seconds: float

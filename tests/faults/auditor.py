@@ -128,7 +128,7 @@ def _numbers(session: Session, storage: Storage, job: Job) -> Iterator[str]:
         yield f"seen and selected: ledger {by_ledger}, job {by_job}, epochs {by_epochs}, metrics {by_metrics}"
     if selection["ratio"] != by_ledger[1] / by_ledger[0]:
         yield f"the ratio {selection['ratio']} is not {by_ledger[1]} / {by_ledger[0]}"
-    epochs = job.spec["training"]["epochs"]
+    epochs = job.waves[-1]["epochs"] if job.waves else job.spec["training"]["epochs"]
     if len(points["epoch_ratio"]) != epochs or len(selection["epochs"]) != epochs:
         yield f"{epochs} epochs were trained, and {len(points['epoch_ratio'])} are in the metrics"
     steps = [point.step for point in points["seen"]]
@@ -249,15 +249,11 @@ def _files(session: Session, storage: Storage, found: Findings) -> Iterator[str]
         for job in jobs.values()
         if job.test_dataset_id
     }
-    allowed |= {
-        resume.key(job.id): "saved state of a job that can be retried"
+    states = {
+        resume.folder(
+            job.id
+        ): f"saved state of a job that {'has succeeded' if job.status == 'succeeded' else 'can be retried'}"
         for job in jobs.values()
-        if job.status != "succeeded"
-    }
-    allowed |= {
-        resume.key(job.id): "saved state of a job that has succeeded"
-        for job in jobs.values()
-        if job.status == "succeeded"
     }
     for shard in shards:
         for attempt in range(1, shard.attempt + 1):
@@ -277,5 +273,7 @@ def _files(session: Session, storage: Storage, found: Findings) -> Iterator[str]
             found.orphans["rows of an upload that was not answered"] += 1
         elif key in allowed:
             found.orphans[allowed[key]] += 1
+        elif (folder := key.rpartition("/")[0]) in states:
+            found.orphans[states[folder]] += 1
         else:
             yield f"{key} belongs to nothing"

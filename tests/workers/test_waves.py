@@ -16,13 +16,13 @@ from app.db import session_scope
 from app.models import Checkpoint, Job, JobMetric, LabelCache, LabelShard
 from app.options import Waves
 from app.storage import Storage
-from app.waves import ends, reason_to_stop
+from app.waves import ends, reason_to_stop, stretched
 from tests.faults.auditor import audit
 from tests.support import TOPICS, add_dataset, expire_leases, job_of, label, sentences, submit, tiny_spec
 from tests.test_the_whole_way import assert_the_numbers_agree, events, ledger_of, series, unpacked
 from workers import tasks
 from workers.reporter import Reporter
-from workers.waves import drifted
+from workers.waves import drifted, gain_at_most
 
 # --- the rule -------------------------------------------------------------------------------------------------------
 
@@ -36,39 +36,58 @@ def test_waves_end_where_their_sizes_add_up_and_leave_no_crumbs() -> None:
     assert ends(100, Waves(rows=20, growth=1.5)) == [20, 50, 100]
 
 
-def history(*waves: tuple[float | None, int], drift: bool = False) -> list[dict[str, Any]]:
-    """Waves of 100 rows with these scores and numbers of selected rows."""
+@pytest.mark.parametrize(
+    ("asked", "epochs"), [(1000, 6), (500, 12), (400, 15), (333, 18), (300, 20), (250, 24), (249, 24), (16, 24)]
+)
+def test_a_wave_of_few_rows_trains_more_epochs_within_its_limit(asked: int, epochs: int) -> None:
+    wish = Waves(max_stretch=4)
+    assert stretched(6, asked, 1000, wish) == epochs
+    assert stretched(6, asked, 1000, Waves(max_stretch=1)) == stretched(6, asked, 1000, None) == 6
+
+
+def history(*waves: tuple[float | None, float | None], drift: bool = False) -> list[dict[str, Any]]:
+    """Waves of 100 rows with these scores, and gains at most."""
     return [
-        {"rows": 100 * number, "macro_f1": score, "selected": selected, "drifted": drift}
-        for number, (score, selected) in enumerate(waves, 1)
+        {"rows": 100 * number, "macro_f1": score, "gain_at_most": gain, "drifted": drift}
+        for number, (score, gain) in enumerate(waves, 1)
     ]
 
 
-def test_waves_stop_when_the_score_or_the_selection_flattens() -> None:
-    wish = Waves(min_gain=0.02, min_selected=0.1)
-    assert reason_to_stop(history((0.5, 40)), wish) is None, "one wave has nothing to be compared with"
-    assert reason_to_stop(history((0.5, 40), (0.52, 80)), wish) is None
-    flat = reason_to_stop(history((0.5, 40), (0.515, 80)), wish)
-    assert flat == "the last 100 rows that were asked about moved validation macro-F1 from 0.5000 to 0.5150"
-    starved = reason_to_stop(history((0.5, 40), (0.7, 49)), wish)
-    assert starved == "the last 100 rows that were asked about added 9 to the 40 that are selected"
-    assert reason_to_stop(history((0.5, 40), (0.7, 50)), wish) is None
-    assert reason_to_stop(history((0.5, 40), (0.7, 30)), Waves(min_selected=0)) is None
-
-
-def test_patience_waits_so_many_waves_for_a_new_best() -> None:
-    wish = Waves(min_gain=0.02, patience=2)
-    assert reason_to_stop(history((0.5, 40), (0.5, 80)), wish) is None
-    assert reason_to_stop(history((0.5, 40), (0.4, 80), (0.52, 120)), wish) is None
-    assert reason_to_stop(history((0.5, 40), (0.4, 80), (0.51, 120)), wish) is not None
-    assert reason_to_stop(history((0.4, 40), (0.6, 80), (0.5, 120)), wish) is None, "the best of two waves counts"
+def test_waves_stop_once_it_is_sure_that_the_last_gained_too_little() -> None:
+    wish = Waves(min_gain=0.02)
+    assert reason_to_stop(history((0.5, None)), wish) is None, "one wave has nothing to be compared with"
+    assert reason_to_stop(history((0.5, None), (0.5, 0.02)), wish) is None
+    flat = reason_to_stop(history((0.5, None), (0.6, 0.12), (0.605, 0.0199)), wish)
+    assert flat == (
+        "the last 100 rows that were asked about moved validation macro-F1 from 0.6000 to 0.6050, "
+        "by at most 0.0199 with 90% certainty"
+    )
 
 
 def test_a_wave_that_shows_nothing_or_another_mixture_of_labels_stops_nothing() -> None:
     wish = Waves(min_gain=0.5)
-    assert reason_to_stop(history((None, 0), (0.5, 40)), wish) is None
-    assert reason_to_stop(history((0.5, 40), (None, 0)), wish) is None
-    assert reason_to_stop(history((0.5, 40), (0.5, 80), drift=True), wish) is None
+    assert reason_to_stop(history((None, None), (0.5, None)), wish) is None
+    assert reason_to_stop(history((0.5, None), (None, None)), wish) is None
+    assert reason_to_stop(history((0.5, None), (0.5, 0.1), drift=True), wish) is None
+    assert "last 200 rows" in str(reason_to_stop(history((0.5, None), (None, None), (0.5, 0.1)), wish))
+
+
+def test_a_small_validation_set_needs_more_to_be_sure() -> None:
+    luck = np.random.Generator(np.random.PCG64(0))
+
+    def bound(rows: int) -> float:
+        """Of two students that are each wrong on another tenth of the rows, so that neither is better."""
+        gold = luck.integers(0, 4, rows)
+        answers = np.stack([gold, gold])
+        answers[0, ::10], answers[1, 5::10] = (gold[::10] + 1) % 4, (gold[5::10] + 1) % 4
+        before, after = (np.stack([np.arange(rows), gold, answer]) for answer in answers)
+        return gain_at_most(before, after)
+
+    assert bound(200) == pytest.approx(1.28 * (0.2 / 200) ** 0.5, rel=0.15), "the normal approximation"
+    assert bound(20_000) == pytest.approx(1.28 * (0.2 / 20_000) ** 0.5, rel=0.15)
+    gold = np.arange(40) % 4
+    same = np.stack([np.arange(40), gold, gold])
+    assert gain_at_most(same, same) == 0
 
 
 def test_labels_drift_when_a_file_is_sorted_and_not_by_chance() -> None:
@@ -103,7 +122,7 @@ def in_waves(**wish: Any) -> dict[str, Any]:
 
 
 STOPS_AT_TWO = in_waves(min_gain=1)
-NEVER_STOPS = in_waves(min_gain=0, min_selected=0, patience=3)
+NEVER_STOPS = in_waves(min_gain=0)
 
 
 def finished(job_id: str) -> Job:
@@ -139,7 +158,8 @@ def test_a_job_that_stops_asking_ends_as_one_that_was_only_given_those_rows(
 ) -> None:
     job_id = client.post("/jobs", json=spec | {"labeling": STOPS_AT_TWO}).json()["id"]
     assert finished(job_id).status == "succeeded"
-    budgeted = submit(spec | {"budget": {"max_labeled_rows": 48}})
+    longer = {"training": spec["training"] | {"epochs": 3}}
+    budgeted = submit(spec | longer | {"budget": {"max_labeled_rows": 48}})
     assert finished(budgeted).status == "succeeded"
     assert outcome(job_id) == outcome(budgeted)
 
@@ -148,13 +168,15 @@ def test_a_job_that_stops_asking_ends_as_one_that_was_only_given_those_rows(
     assert all(phase["finished_at"] and phase["done"] == phase["total"] for phase in job["phases"])
     waves = job["labeling"]["waves"]
     assert (waves["rows_asked"], waves["rows_withheld"]) == (48, 24)
-    assert [(wave["wave"], wave["rows"]) for wave in waves["history"]] == [(1, 24), (2, 48)]
-    assert waves["history"][0]["stopped"] is None
-    assert "moved validation macro-F1" in waves["history"][1]["stopped"]
-    assert waves["history"][1]["selected"] == sum(entry["selected"] > 0 for entry in ledger_of(job))
+    assert [(wave["wave"], wave["rows"], wave["epochs"]) for wave in waves["history"]] == [(1, 24, 6), (2, 48, 3)]
+    first, second = waves["history"]
+    assert first["stopped"] is first["gain_at_most"] is None
+    assert second["macro_f1"] - first["macro_f1"] <= second["gain_at_most"] < 1
+    assert "moved validation macro-F1" in second["stopped"]
+    assert second["selected"] == sum(entry["selected"] > 0 for entry in ledger_of(job))
     points = series(client, job)
     assert points["wave_macro_f1"] == [(wave["rows"], wave["macro_f1"]) for wave in waves["history"]]
-    assert job["metrics"]["wave_selected"] == waves["history"][1]["selected"]
+    assert job["metrics"]["wave_selected"] == second["selected"]
     card = (unpacked(client, job, tmp_path) / "README.md").read_text()
     assert "asked in waves, about 48 rows in all and not about 24" in card
     unasked = ledger_of(job)[48:]
@@ -184,6 +206,22 @@ def test_the_teacher_is_not_asked_about_a_wave_that_is_not_opened(client: TestCl
     labeling = client.get(f"/jobs/{job.id}").json()["labeling"]
     assert labeling["waves"]["tokens_withheld"] == round(labeling["tokens"] * 24 / 48) > 0
     assert labeling["waves"]["cost_withheld"] is None
+
+
+def test_without_a_validation_set_the_mere_difference_counts(spec: dict[str, Any]) -> None:
+    job = finished(submit({**spec, "validation_dataset_id": None, "labeling": STOPS_AT_TWO}))
+    first, second = job.waves
+    assert second["gain_at_most"] == second["macro_f1"] - first["macro_f1"]
+
+
+def test_a_dry_run_tells_what_all_waves_take(client: TestClient, spec: dict[str, Any]) -> None:
+    def training_seconds(labeling: dict[str, Any]) -> float:
+        wish = spec | {"training": spec["training"] | {"epochs": 1000}, "labeling": labeling}
+        return float(client.post("/jobs?dry_run=true&measure=false", json=wish).json()["training_seconds"])
+
+    once = training_seconds({})
+    assert training_seconds(NEVER_STOPS) == pytest.approx(3 * once, rel=1e-2), "as many steps in each of three waves"
+    assert training_seconds(in_waves(max_stretch=1)) == pytest.approx(2 * once, rel=1e-2), "24 + 48 + 72 rows"
 
 
 def test_a_worker_lost_in_any_wave_changes_nothing_of_what_comes_out(
@@ -229,7 +267,7 @@ def test_a_job_paused_at_the_end_of_a_wave_asks_for_the_next_when_it_goes_on(
 
     def pause_first(session: Any, its_id: str, attempt: int) -> Job:
         job = end_wave(session, its_id, attempt)
-        if not job.waves and (job.selection or {}).get("epochs", [{}])[-1].get("epoch") == 2:
+        if not job.waves and (job.selection or {}).get("epochs", [{}])[-1].get("epoch") == 6:
             lifecycle.pause(session, job)
         return job
 

@@ -114,7 +114,7 @@ def distill(
                     asked = rows[offered.numpy()]
                     # A large batch takes long: a stop is noticed within it, and leaves the run as it was before the step.
                     student_view[offered] = predict_together(
-                        model, pool.tokens, asked, bf16=bf16, should_stop=_asking(report)
+                        model, pool.tokens, asked, bf16=bf16, should_stop=asking(report)
                     )
 
                 signals = Signals(teacher, student_view, offered, subset[rows], progress.epoch, run.generator)
@@ -160,7 +160,7 @@ def distill(
     return run
 
 
-def _asking(report: Report) -> Callable[[], bool]:
+def asking(report: Report) -> Callable[[], bool]:
     """The report's question for predict_together; Stopped and LeaseLost leave as they are."""
 
     def should_stop() -> bool:
@@ -240,7 +240,7 @@ def _report_interval(
 def _score_epoch(run: Run, held_out: HeldOut, report: Report) -> None:
     """Look at the held-out rows; keep the weights when they are the best so far."""
 
-    should_stop = _asking(report)
+    should_stop = asking(report)
     progress, model = run.progress, run.student.model
     probabilities = predict_together(model, held_out.tokens, held_out.rows, should_stop=should_stop)
     gold = torch.from_numpy(held_out.gold)

@@ -21,9 +21,14 @@ from app.storage import Storage
 from workers.training.run import EpochCount, Interval, Ledger, Progress, Run
 
 
+def folder(job_id: str) -> str:
+    """Where everything lies in the storage that a job needs only until it has succeeded."""
+    return f"jobs/{job_id}/resume"
+
+
 def key(job_id: str) -> str:
     """Where a job's saved state lies in the storage."""
-    return f"jobs/{job_id}/resume/state.safetensors"
+    return f"{folder(job_id)}/state.safetensors"
 
 
 def save(run: Run, files: Storage, job_id: str, confirm: Callable[[], object] = lambda: None) -> None:
