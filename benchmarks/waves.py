@@ -37,7 +37,6 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "`max_stretch` 1": {"max_stretch": 1},
 }
 """What a row of the table changes, beside the rows of the first wave."""
-VALIDATION_ROWS = 2000
 Training = tuple[int, int]
 """On the first so many rows, for so many epochs."""
 
@@ -45,9 +44,10 @@ Training = tuple[int, int]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="*", default=["emotion", "yahoo-answers-titles"])
-    parser.add_argument("--student", default="its first 3 layers", choices=list(STUDENTS))
+    parser.add_argument("--student", default="its first layer", choices=list(STUDENTS))
     parser.add_argument("--rows", type=int, default=6000)
     parser.add_argument("--wave", type=int, default=500, help="rows of the first wave")
+    parser.add_argument("--validation-rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=3, help="of a training on all rows")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "waves.json")
@@ -56,7 +56,7 @@ def main() -> None:
     logging.disable_progress_bar()
     end_by_interrupt()
     data = present(arguments.data)
-    names = ("student", "rows", "wave", "epochs")
+    names = ("student", "rows", "wave", "validation_rows", "epochs")
     record = Record(arguments.out, {name: getattr(arguments, name) for name in names})
     wishes = {
         title: None if changes is None else options.Waves(rows=arguments.wave, **changes)
@@ -67,7 +67,7 @@ def main() -> None:
         title: [(end, waves.stretched(arguments.epochs, end, arguments.rows, wish)) for end in ends[title]]
         for title, wish in wishes.items()
     }
-    trainings = sorted({training for plan in plans.values() for training in plan})
+    trainings = list(dict.fromkeys(training for plan in plans.values() for training in plan))
     wanted = [
         {"data": name, "method": "{} rows, {} epochs".format(*training), "seed": seed, "training": list(training)}
         for seed in range(arguments.seeds)
@@ -82,13 +82,13 @@ def main() -> None:
             for seed in range(arguments.seeds)
         ]
         print(f"\n{name}, student {arguments.student!r}, {arguments.rows} rows, {arguments.epochs} epochs, {arguments.seeds} seeds")  # fmt: skip
-        print("\n".join(table(CURVE, [point(training, curves) for training in trainings])))
+        print("\n".join(table(CURVE, [point(training, curves) for training in sorted(trainings)])))
         print("\n".join(table(SAVED, [setting(title, wishes[title], plans, curves) for title in wishes])))
 
 
 def one_run(run: Run, arguments: argparse.Namespace, starts: list[int]) -> dict[str, Any]:
     """Train one student; what it came to, its answers, and since which of the starts the labels are mixed otherwise."""
-    task = prepare(run["data"], arguments.rows, VALIDATION_ROWS)
+    task = prepare(run["data"], arguments.rows, arguments.validation_rows)
     rows, epochs = run["training"]
     first = replace(task, texts=task.texts[:rows], teacher=task.teacher[:rows])
     rate = options.LEARNING_RATES[STUDENTS[arguments.student].model]
