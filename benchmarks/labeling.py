@@ -1,6 +1,6 @@
 """Rows a second of the causal_lm teacher beside the ways that are at hand, on one model in one run.
 
-    python -m benchmarks.labeling [--rows 48] [--rounds 3] [--layers 6] [--width 512] [--cpu-time] [--no-every-way]
+    python -m benchmarks.labeling [--rows 48] [--rounds 3] [--layers 6] [--width 512] [--cpu-time] [--no-every-way] [--where]
 
 A LLaMA of that size with random weights labels the same rows in turn by
   * the text-generation pipeline of transformers: the whole prompt, then as many tokens as the longest label has;
@@ -8,6 +8,7 @@ A LLaMA of that size with random weights labels the same rows in turn by
   * ours: the prompt read once, rows and label tree in one pass;
   * the floor: one forward pass of the texts alone, without prompt, labels or scores: nothing that reads a text can be faster.
 Medians of alternating rounds. The slow ways get fewer rows. The prompt is filled with examples up to --prompt tokens.
+With --where it also prints, for many labels, in which parts of the model the time of ours goes.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 from transformers.utils import logging
 
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds: the ratios of a busy machine, with one thread"
     )
+    parser.add_argument("--where", action="store_true", help="with many labels, print where the time of ours goes")
     arguments = parser.parse_args()
     if not (SHARED / WITH_EVERY_WAY).is_dir():
         print(f"labeling: skipped, the data set {WITH_EVERY_WAY} is not at {SHARED}")
@@ -126,6 +130,33 @@ def compare(name: str, source: pretrained.Source, arguments: argparse.Namespace,
         print(f"| {way} | {rate:.2f} | {rates['ours'] / rate:.2f} | {rates['floor: the texts alone'] / rate:.2f} |")
     if every_way:
         print(f"\nLargest difference of a probability to the plain loop: {difference:.1e}")
+    if arguments.where and len(labels) > 20:
+        print("\n| where the time of ours goes | share |")
+        print("|---|---|")
+        for part, share in shares(teacher, rows).most_common():
+            print(f"| {part} | {share:.0%} |")
+
+
+def shares(teacher: CausalLMTeacher, rows: list[Row]) -> Counter[str]:
+    """The share of each part of the model in the time of labeling these rows, told by the shapes of what is computed."""
+    vocabulary, nodes = teacher.model.config.vocab_size, len(teacher._prompts[0].tree.tokens)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        teacher.label(rows)
+    seconds: Counter[str] = Counter()
+    for operation in profiler.key_averages(group_by_input_shape=True):
+        last = {shape[-1] for shape in operation.input_shapes if shape}
+        if vocabulary in last:
+            part = "scores of nodes over the vocabulary, and their sums"
+        elif "scaled_dot_product" in operation.key:
+            part = "attention to the prompt"
+        elif operation.key in ("aten::mm", "aten::addmm"):
+            part = "matrices of the layers"
+        elif any(nodes <= size <= nodes + teacher._options.max_length + 16 for size in last):
+            part = "attention of rows and nodes to each other"
+        else:
+            part = "all else"
+        seconds[part] += operation.self_cpu_time_total
+    return Counter({part: each / seconds.total() for part, each in seconds.items()})
 
 
 def measure(

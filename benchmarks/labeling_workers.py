@@ -170,7 +170,7 @@ def label(crew: list[Worker], job_id: str, *, harm: bool = False) -> float:
 def wait(claim: Callable[[], bool]) -> None:
     """Until it is true."""
     while not claim():
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def submit(rows: int, teacher: str, seed: int) -> str:
