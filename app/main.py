@@ -113,8 +113,8 @@ class RequestContext:
 async def _note(scope: Scope, headers: MutableHeaders, status: int) -> None:
     """Write the request into the audit log, where it belongs there."""
     route, method, state = scope.get("route"), scope["method"], scope["state"]
-    action = getattr(route, "name", None)
-    if state.get("changes_nothing") or not audit.is_recorded(method, scope_needed(method, route), action, status):
+    action = state.get("action", getattr(route, "name", None))
+    if not audit.is_recorded(method, scope_needed(method, route), action, status):
         return
     made = headers.get("location", "").rpartition("/")[2]
     ids = list(scope.get("path_params", {}).values())

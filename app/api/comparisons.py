@@ -67,7 +67,7 @@ def create_comparison(
     tenant = key.tenant
     comparisons.job_specs(spec)  # before anything is made of the parts that are free in form
     if dry_run:
-        request.state.changes_nothing = True
+        request.state.action = None  # nothing for the audit log
         plans = comparisons.check(session, tenant, spec, settings)
         told = DryRunRead.model_validate(comparisons.dry_run(session, storage, tenant, plans))
         return Response(told.model_dump_json(), media_type="application/json")

@@ -99,7 +99,8 @@ def create_job(
     """Start a distillation job, once everything that can be checked beforehand has been."""
     tenant = key.tenant
     if dry_run:
-        request.state.changes_nothing = True
+        # For the audit log: only a dry run that has the teacher asked may cost something.
+        request.state.action = "measure_teacher" if measure and spec.teacher.kind != "dataset" else None
         plan = preflight.check(session, tenant, spec, settings)
         need = estimates.need(session, storage, tenant, plan)
         told = estimates.dry_run(session, plan, need)

@@ -10,12 +10,12 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DatabaseError
 from typer.testing import CliRunner
 
-from app import audit, cli
+from app import audit, cli, measurements
 from app.db import session_scope
 from app.main import create_app
 from app.models import AuditEntry
 from tests.app.test_keys_and_tenants import routes
-from tests.support import add_dataset, new_key, sentences, tiny_spec
+from tests.support import TOPICS, add_dataset, new_key, sentences, tiny_spec
 
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'
 
@@ -66,6 +66,18 @@ def test_looking_is_not_recorded_but_being_denied_a_look_is(client: TestClient) 
     ]
     client.get("/webhooks/secret")
     assert entries()[-1].action == "read_secret", "handing out a secret is worth a line"
+
+
+def test_a_dry_run_is_recorded_where_it_has_the_teacher_asked(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "PICKUP_SECONDS", 0.1)  # no worker is there
+    spec = tiny_spec(add_dataset(sentences(40, 1)), teacher={"kind": "embedding"}, labels=TOPICS)
+    for measure in (False, True):
+        assert client.post("/jobs", json=spec, params={"dry_run": True, "measure": measure}).status_code == 200
+    assert [(entry.action, entry.outcome, entry.object_id) for entry in entries()] == [
+        ("measure_teacher", "done", None)
+    ]
 
 
 def test_every_route_that_changes_something_is_recorded_also_when_it_is_refused(database: Engine) -> None:
