@@ -93,6 +93,8 @@ class Settings(BaseSettings):
     """The Celery broker. It only carries ids and may be lost at any time."""
     storage_url: str = "file://./data/storage"
     """Where datasets, labels and checkpoints lie: `file:///…` or `s3://bucket/prefix`."""
+    storage_timeout_seconds: float = Field(10.0, gt=0)
+    """How long an S3 storage may take to answer a request, or be silent in the middle of an answer; each is tried twice."""
     spool_dir: Path | None = None
     """Where uploads are spooled and checkpoints are packed; null: the system's temporary directory."""
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 from app import lifecycle, limits
 from app.config import settings
 from app.db import session_scope, try_lock
-from app.errors import DatasetInUse, IllegalMove, NotFound
+from app.errors import DatasetInUse, IllegalMove, NotFound, StorageAway
 from app.models import TERMINAL, Checkpoint, Comparison, Dataset, IdempotencyKey, Job, LabelSet, Upload
 from app.storage import Storage
 
@@ -109,9 +109,14 @@ def _used(dataset_id: InstrumentedAttribute[str] | str, *conditions: ColumnEleme
 def _after_commit(session: Session, remove: Callable[[], None]) -> None:
     """Remove files once the rows are gone. A storage that fails leaves orphans for sweep_files(), and no error."""
 
-    def removed(_: Session) -> None:
+    def removed(session: Session) -> None:
+        if session.info.get("storage_is_away"):  # each further file would wait for it anew
+            return
         try:
             remove()
+        except StorageAway:
+            session.info["storage_is_away"] = True
+            log.error("files_not_removed")
         except Exception:
             log.exception("files_not_removed")
 

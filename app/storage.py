@@ -16,12 +16,15 @@ from typing import BinaryIO
 
 import fsspec
 import structlog
+from fsspec.exceptions import FSTimeoutError
 
 from app.config import settings
 from app.errors import FULL, StorageAway, StorageRefuses
 
 KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*(/[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*)*")
 COPY_BYTES = 1024 * 1024
+PART_BYTES = 5 * COPY_BYTES
+"""What files go to S3 and come from it in, the least that it takes: a part, unlike a file, has a time to arrive in."""
 CLIENTS = {"aiobotocore", "aiohttp", "botocore", "fsspec", "s3fs"}
 """Packages whose exceptions are a far storage's troubles."""
 
@@ -31,13 +34,17 @@ log = structlog.get_logger()
 class Storage:
     """One place for files, named by a URL; whatever is put appears whole or not at all.
 
-    Where it is not a local directory, every method raises StorageAway when it does not answer as it should, after what
-    its client tries by itself, and StorageRefuses when it does not let us.
+    Where it is not a local directory, every method raises StorageAway when it does not answer as it should, or within
+    a bounded time (app/s3.py), after what its client tries by itself, and StorageRefuses when it does not let us.
     """
 
     def __init__(self, url: str) -> None:
-        # Other processes write too: a listing that is kept would soon be wrong.
-        self.filesystem, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        if url.startswith("s3:"):
+            from app import s3  # its client is an extra
+
+            self.filesystem, self.root = s3.connected(url)
+        else:
+            self.filesystem, self.root = fsspec.core.url_to_fs(url)
         self.is_local = "file" in self.filesystem.protocol
 
     def _path(self, key: str) -> str:
@@ -66,7 +73,7 @@ class Storage:
         if not self.is_local:
             confirm()
             with self._telling():
-                self.filesystem.put_file(str(source), path)
+                self.filesystem.put_file(str(source), path, chunksize=PART_BYTES)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +158,8 @@ class Storage:
 def _is_a_storages(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno not in FULL:
         return True
+    if isinstance(error, IndexError) and isinstance(error.__context__, FSTimeoutError):
+        return True  # s3fs looks for the arguments of a timeout, which has none
     return type(error).__module__.partition(".")[0] in CLIENTS
 
 

@@ -15,10 +15,10 @@ CODES = {403: "AccessDenied", 500: "InternalError", 503: "ServiceUnavailable"}
 
 
 class Bucket:
-    """The bucket behind `url`, and what shall go wrong with it."""
+    """The bucket behind `port`, and what shall go wrong with it."""
 
     def __init__(self) -> None:
-        self.url = ""
+        self.port = 0
         self.fails: Callable[[str, str], int | None] = lambda method, path: None
         """The status to fail a request with, by its method and path; None where it is served."""
         self.failed = 0
@@ -41,7 +41,7 @@ def serving() -> Iterator[Bucket]:
     """A bucket behind a port of this machine."""
     bucket = Bucket()
     server = make_server("127.0.0.1", 0, bucket, threaded=True, request_handler=MotoRequestHandler)
-    bucket.url = f"http://127.0.0.1:{server.server_port}"
+    bucket.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -23,6 +23,7 @@ class Proxy:
         self.port = 0
         self.delay = 0.0
         """Seconds that each piece of data waits."""
+        self._bytes_left: int | None = None
         self._loop = asyncio.new_event_loop()
         self._writers: set[asyncio.StreamWriter] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -41,13 +42,24 @@ class Proxy:
         self._thread.join()
         self._loop.close()
 
-    def stall(self) -> None:
-        """Hold back everything, in both directions, until `flow()`; connections stay open."""
-        self._loop.call_soon_threadsafe(self._flowing.clear)
+    def stall(self, *, after: int = 0) -> None:
+        """Hold back everything, in both directions, until `flow()`; connections stay open. `after`: once so many bytes passed."""
+
+        async def hold() -> None:
+            self._bytes_left = after
+            if not after:
+                self._flowing.clear()
+
+        self._do(hold)
 
     def flow(self) -> None:
         """Let everything pass again."""
-        self._loop.call_soon_threadsafe(self._flowing.set)
+
+        async def let() -> None:
+            self._bytes_left = None
+            self._flowing.set()
+
+        self._do(let)
 
     def reset(self) -> None:
         """Cut every connection with a RST; new ones are taken."""
@@ -102,6 +114,10 @@ class Proxy:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(READ_BYTES):
+                if self._bytes_left is not None:
+                    self._bytes_left -= len(data)
+                    if self._bytes_left < 0:
+                        self._flowing.clear()
                 await self._flowing.wait()
                 if self.delay:
                     await asyncio.sleep(self.delay)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from app import lifecycle
 from app.config import settings
 from app.db import session_scope
 from app.main import create_app
-from app.models import Dataset, JobEvent
+from app.models import TERMINAL, Dataset, JobEvent
 from app.storage import Storage
 from app.storage import storage as configured
 from tests.faults.processes import harmed
+from tests.faults.proxy import Proxy
 from tests.s3_server import BUCKET, Bucket, serving
 from tests.support import add_dataset, job_of, label, new_key, sentences, shards_of, submit, tiny_spec
 from workers import tasks
@@ -159,24 +161,34 @@ def test_an_upload_in_parts_survives_a_full_disk(disks: Path, full: str) -> None
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Bucket]:
-    with pytest.MonkeyPatch.context() as patch, serving() as bucket:
+    with serving() as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def network(server: Bucket) -> Iterator[Proxy]:
+    """What lies between the service and its storage."""
+    with pytest.MonkeyPatch.context() as patch, Proxy(("127.0.0.1", server.port)) as proxy:
         for name, value in {
-            "AWS_ENDPOINT_URL": bucket.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "1", "NO_PROXY": "127.0.0.1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1",
         }.items():  # fmt: skip
             patch.setenv(name, value)
         S3FileSystem().mkdir(BUCKET)
-        yield bucket
+        yield proxy
         S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
-def bucket(server: Bucket, database: Engine, monkeypatch: pytest.MonkeyPatch, request: Any) -> Iterator[Bucket]:
+def bucket(
+    server: Bucket, network: Proxy, database: Engine, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> Iterator[Bucket]:
     """The service's storage is a folder of a bucket."""
     monkeypatch.setattr(settings(), "storage_url", f"s3://{BUCKET}/{abs(hash(request.node.name))}")
     configured.cache_clear()
     yield server
     server.fails = lambda method, path: None
+    network.flow()
     configured.cache_clear()
 
 
@@ -278,3 +290,85 @@ def test_a_storage_that_refuses_the_workers_fails_the_job_with_the_reason(bucket
     label(job_id)
     job = job_of(job_id)
     assert (job.status, (job.error or {})["code"]) == ("failed", "storage_refuses")
+
+
+# --- a storage that hangs -----------------------------------------------------------------------------------------------
+
+TIMEOUT = 0.7
+BOUND = 2 * (2 * TIMEOUT + 1) + 3
+"""Seconds: two requests, a part and the end of the upload that it belonged to, each tried twice; and some for the rest."""
+
+
+@pytest.fixture
+def hanging(bucket: Bucket, network: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """The network to a storage that is not waited for any longer than a test can wait."""
+    monkeypatch.setattr(settings(), "storage_timeout_seconds", TIMEOUT)
+    return network
+
+
+def away(ask: Callable[[], Any]) -> None:
+    began = time.monotonic()
+    answer = ask()
+    assert time.monotonic() - began < BOUND
+    assert (answer.status_code, answer.json()["code"]) == (503, "storage_away"), answer.text
+
+
+@pytest.mark.parametrize("after", [0, 3_000_000])
+def test_a_storage_that_hangs_is_away_within_a_bounded_time(client: TestClient, hanging: Proxy, after: int) -> None:
+    rows = rows_of(24_000_000)  # half as much in the storage, in three parts
+
+    def upload() -> Any:
+        return client.post("/datasets", content=rows, headers=JSONL)
+
+    hanging.stall(after=after)
+    away(upload)
+    hanging.flow()
+    made = upload()
+    assert made.status_code == 201, made.text
+    hanging.stall(after=after)
+    away(lambda: client.get(f"/datasets/{made.json()['id']}/rows"))
+    hanging.flow()
+    assert client.get(f"/datasets/{made.json()['id']}/rows").status_code == 200
+
+
+def test_what_is_deleted_while_the_storage_hangs_is_gone_within_a_bounded_time(
+    client: TestClient, bucket: Bucket, hanging: Proxy
+) -> None:
+    job_id = submit(spec(add_dataset(sentences(40, 1))))
+    label(job_id)
+    tasks.train(job_id)
+    hanging.stall()
+    began = time.monotonic()
+    assert client.delete(f"/jobs/{job_id}").status_code == 204
+    assert time.monotonic() - began < BOUND
+    hanging.flow()
+    assert {key.partition("/")[0] for key in keys()} >= {"labels", "jobs"}, "for the sweep"
+    assert client.get(f"/jobs/{job_id}").status_code == 404
+
+
+def test_a_job_waits_for_a_storage_that_hangs(bucket: Bucket, hanging: Proxy) -> None:
+    job_id = submit(spec(add_dataset(sentences(40, 1))))
+
+    def hang_while(work: Callable[[], object]) -> None:
+        began = time.monotonic()
+        work()
+        job = job_of(job_id)
+        assert (job.status in TERMINAL, job.error) == (False, None)
+        assert time.monotonic() - began < BOUND + 5
+        hanging.flow()
+
+    hanging.stall()
+    hang_while(lambda: label(job_id))
+    label(job_id)
+    hanging.stall()
+    hang_while(lambda: tasks.train(job_id))
+
+    def hang_at_the_checkpoint(method: str, path: str) -> None:
+        if method == "PUT" and "/checkpoints/" in path:
+            hanging.stall()
+
+    bucket.fails = hang_at_the_checkpoint
+    hang_while(lambda: tasks.train(job_id))
+    bucket.fails = lambda method, path: None
+    tasks.train(job_id)
+    assert (job_of(job_id).status, job_of(job_id).attempt) == ("succeeded", 3)
