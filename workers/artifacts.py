@@ -62,7 +62,7 @@ def write_ledger(
     `confirm` as in Storage.put.
     """
     count = rows.num_rows
-    probabilities = answers.column("probabilities").combine_chunks()
+    probabilities = answers.column("distribution").combine_chunks()
     confidence = answers.column("confidence").to_numpy(zero_copy_only=False).astype(np.float32)
     labeled = np.asarray(probabilities.is_valid())
     names: list[str | None] = [None] * count
@@ -83,7 +83,7 @@ def write_ledger(
         "text_pair": rows.column("text_pair"),
         "label": pa.array(names, pa.string()),
         "confidence": pa.array(confidence, pa.float32(), mask=~labeled),
-        "distribution": answers.column("probabilities"),
+        "distribution": answers.column("distribution"),
         "source": answers.column("source"),
         "offered": happened.offered,
         "selected": happened.selected,

@@ -49,7 +49,7 @@ def measure(probabilities: NDArray[np.float32], gold: Sequence[str | None], labe
 
 def rescale(answers: pa.Table, temperature: float) -> pa.Table:
     """The answers with every distribution scaled and its confidence; a row without an answer stays without."""
-    column = answers.column("probabilities").combine_chunks()
+    column = answers.column("distribution").combine_chunks()
     valid = np.asarray(column.is_valid())
     if not valid.any():
         return answers
@@ -59,7 +59,7 @@ def rescale(answers: pa.Table, temperature: float) -> pa.Table:
     confidences: list[float | None] = [None] * len(valid)
     for row, distribution in zip(np.flatnonzero(valid), scaled, strict=True):
         distributions[row], confidences[row] = distribution.tolist(), float(distribution.max())
-    for name, values in (("probabilities", distributions), ("confidence", confidences)):
+    for name, values in (("distribution", distributions), ("confidence", confidences)):
         position = answers.schema.get_field_index(name)
         answers = answers.set_column(
             position, answers.schema.field(name), pa.array(values, answers.schema.field(name).type)

@@ -53,7 +53,7 @@ SUSPECT_PIECES = 11
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
-        ("probabilities", pa.list_(pa.float32())),
+        ("distribution", pa.list_(pa.float32())),
         ("confidence", pa.float32()),
         ("source", pa.string()),
         ("tokens", pa.int32()),
@@ -408,7 +408,7 @@ class Answers:
         """Begin with the answers of an earlier attempt; only its failed rows are open."""
         for number, row in enumerate(part.to_pylist()):
             if row["error"] is None:
-                self.probabilities[number] = np.asarray(row["probabilities"], np.float32)
+                self.probabilities[number] = np.asarray(row["distribution"], np.float32)
                 self.sources[number], self.tokens[number] = row["source"], row["tokens"]
 
     def ask_all(self, check: Callable[[int, int], None], pieces: Iterable[tuple[int, int]]) -> None:
@@ -589,7 +589,7 @@ class Answers:
         confidences = [float(entry.max()) if sure and entry is not None else None for entry in self.probabilities]
         columns = {
             "row": range(start, start + len(self.probabilities)),
-            "probabilities": [None if entry is None else entry.tolist() for entry in self.probabilities],
+            "distribution": [None if entry is None else entry.tolist() for entry in self.probabilities],
             "confidence": confidences,
             "source": self.sources,
             "tokens": self.tokens,
@@ -613,7 +613,8 @@ def _store(files: Storage, shard: LabelShard, table: pa.Table) -> None:
 def read_part(files: Storage, key: str) -> pa.Table:
     """The answers of one shard, as SCHEMA."""
     with files.open(key) as stream:
-        return pq.read_table(stream, schema=SCHEMA)
+        # By position: parts of older versions call the distribution `probabilities`.
+        return pq.read_table(stream).rename_columns(SCHEMA.names).cast(SCHEMA)
 
 
 def read_labels(files: Storage, shards: Sequence[LabelShard], split: str, rows: int) -> pa.Table:

@@ -76,7 +76,7 @@ class Material:
 
     def probabilities(self, split: str) -> NDArray[np.float32]:
         """(N, C) the teacher's distributions; NaN where it gave none."""
-        column = self.answers[split].column("probabilities").combine_chunks()
+        column = self.answers[split].column("distribution").combine_chunks()
         valid = np.asarray(column.is_valid())
         dense = np.full((len(column), len(self.labels)), np.nan, np.float32)
         dense[valid] = np.asarray(column.drop_null().flatten(), np.float32).reshape(-1, len(self.labels))
@@ -281,7 +281,7 @@ def split_rows(material: Material, report: Reporter) -> Splits:
     """Who does what. A method that takes feedback from rows of its own keeps near-duplicates on one side of every split."""
     method, training = material.spec.method, material.spec.training
     seed = training.seed if training.split_seed is None else training.split_seed
-    labeled = np.flatnonzero(np.asarray(material.answers["train"].column("probabilities").is_valid()))
+    labeled = np.flatnonzero(np.asarray(material.answers["train"].column("distribution").is_valid()))
     validation = None
     if "validation" in material.datasets:
         validation = np.flatnonzero([name is not None for name in material.gold("validation")])

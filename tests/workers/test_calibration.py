@@ -108,10 +108,10 @@ def test_rows_without_an_answer_or_a_known_label_do_not_count() -> None:
 
 
 def test_a_row_without_an_answer_stays_without_one() -> None:
-    columns = {"row": [0, 1], "probabilities": [[0.9, 0.1], None], "confidence": [0.9, None], "source": ["teacher"] * 2,
+    columns = {"row": [0, 1], "distribution": [[0.9, 0.1], None], "confidence": [0.9, None], "source": ["teacher"] * 2,
                "tokens": [1, 1], "error": [None, "why"]}  # fmt: skip
     table = calibration.rescale(pa.table(columns, SCHEMA), 2.0)
     assert table.schema == SCHEMA
-    np.testing.assert_allclose(table.column("probabilities")[0].as_py(), [0.75, 0.25], atol=1e-6)
+    np.testing.assert_allclose(table.column("distribution")[0].as_py(), [0.75, 0.25], atol=1e-6)
     assert table.column("confidence").to_pylist() == [pytest.approx(0.75), None]
-    assert table.column("probabilities")[1].as_py() is None
+    assert table.column("distribution")[1].as_py() is None

@@ -349,7 +349,7 @@ def test_a_job_of_pairs_with_151_labels_ends_in_a_student(
     job = run(submit(tiny_spec(add_dataset(pairs), labels=names, teacher=teacher, method={"kind": "llkd"})))
     assert job.status == "succeeded", job.error
     said = labeling.read_labels(storage(), shards_of(job.id), "train", len(pairs))
-    assert {len(answer) for answer in said.column("probabilities").to_pylist()} == {151}
+    assert {len(answer) for answer in said.column("distribution").to_pylist()} == {151}
     assert job.evaluation is not None
     assert label_set_of(job).report["label_tokens_read_per_row"] < 30
 

@@ -206,7 +206,7 @@ def test_a_job_on_transformers_serve_gets_the_labels_that_causal_lm_gives(
     assert job.phase == "training", job.error
     said = read_labels(storage(), shards_of(job_id), "train", len(rows)).to_pylist()
     assert {answer["confidence"] for answer in said} == {None}  # it gives no log-probabilities
-    by_server = np.array([np.argmax(answer["probabilities"] or [np.nan] * len(names)) for answer in said])
+    by_server = np.array([np.argmax(answer["distribution"] or [np.nan] * len(names)) for answer in said])
     assert sum(answer["error"] is not None for answer in said) <= len(rows) // 100
     here = by_causal_lm(place, labels, [Row(**text) for text in texts]).argmax(axis=1)
     assert (by_server == here).mean() >= 0.99

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import Engine, func, select
 
@@ -66,7 +69,7 @@ def test_a_second_job_on_the_same_rows_asks_the_teacher_nothing(asked: list[str]
     # Neither the name, nor the student, nor the method changes what the teacher says.
     second = labeled(spec(dataset, name="again", method={"kind": "random"}, metadata={"try": "2"}))
     assert asked == []
-    said = [[answer["probabilities"] for answer in answers(job, 20)] for job in (first, second)]
+    said = [[answer["distribution"] for answer in answers(job, 20)] for job in (first, second)]
     assert said[0] == said[1]
     assert {answer["source"] for answer in answers(first, 20)} == {"teacher"}
     assert {answer["source"] for answer in answers(second, 20)} == {"cache"}
@@ -131,7 +134,7 @@ def test_a_text_that_stands_in_a_shard_several_times_is_asked_once(
     assert asked == ["soup", "hail", "goal"]
     said = answers(job_id, 6)
     assert [answer["source"] for answer in said] == ["teacher", "teacher", "cache", "teacher", "cache", "cache"]
-    assert said[0]["probabilities"] == said[2]["probabilities"] == said[4]["probabilities"]
+    assert said[0]["distribution"] == said[2]["distribution"] == said[4]["distribution"]
     shard = shards_of(job_id)[0]
     assert shard.rows_from_cache == 3
     assert shard.tokens == sum(answer["tokens"] for answer in said)
@@ -235,9 +238,9 @@ def test_the_datasets_own_labels_are_read_and_never_cached(database: Engine) -> 
     label(job_id)
     said = answers(job_id, 4)
     expected = [[0.9, 0.1], [0.3, 0.7], [0.25, 0.75]]
-    assert np.allclose([answer["probabilities"] for answer in said[:3]], expected)
+    assert np.allclose([answer["distribution"] for answer in said[:3]], expected)
     assert np.allclose([answer["confidence"] for answer in said[:3]], [0.9, 0.7, 0.75])
-    assert said[3]["probabilities"] is None
+    assert said[3]["distribution"] is None
     assert said[3]["error"] == "row has no label"
     with session_scope() as session:
         assert session.scalar(select(func.count()).select_from(LabelCache)) == 0
@@ -251,9 +254,24 @@ def test_answers_of_many_shards_come_back_in_row_order(database: Engine, monkeyp
     said = answers(job_id, 11)
     assert [answer["row"] for answer in said] == list(range(11))
     names = sorted({row["label"] for row in rows})
-    found = [names[int(np.argmax(answer["probabilities"]))] for answer in said[:8]]
+    found = [names[int(np.argmax(answer["distribution"]))] for answer in said[:8]]
     assert found == [row["label"] for row in rows[:8]]
     assert {answer["error"] for answer in said[8:]} == {"beyond the labeling budget"}
+
+
+def test_a_part_names_its_columns_and_one_of_an_older_version_is_read_too(database: Engine) -> None:
+    job_id = submit(tiny_spec(add_dataset(sentences(8, 0))))
+    label(job_id)
+    [shard] = shards_of(job_id)
+    with storage().open(shard.key) as stream:
+        part = pq.read_table(stream)
+    assert part.column_names[:4] == ["row", "distribution", "confidence", "source"]
+    said = answers(job_id, 8)
+    with tempfile.TemporaryDirectory() as directory:
+        older = Path(directory) / "part.parquet"
+        pq.write_table(part.rename_columns(["row", "probabilities", *part.column_names[2:]]), older)
+        storage().put(shard.key, older)
+    assert answers(job_id, 8) == said
 
 
 def test_a_cancelled_labeling_stops_at_its_next_heartbeat(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

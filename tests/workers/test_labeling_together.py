@@ -130,7 +130,7 @@ def test_two_jobs_that_label_the_same_rows_at_once_share_the_work(teacher: type[
     assert in_threads(2, lambda number: label(jobs[number], f"labeler-{number}")) == [None, None]
     assert sorted(teacher.asked) == sorted(row["text"] for row in rows)
     assert len(first) == 2
-    said = [[answer["probabilities"] for answer in answers(job, 40)] for job in jobs]
+    said = [[answer["distribution"] for answer in answers(job, 40)] for job in jobs]
     assert said[0] == said[1]
     told = [figures(job) for job in jobs]
     assert sum(entry["tokens"] for entry in told) == 400
@@ -160,7 +160,7 @@ def test_what_another_worker_is_asking_about_is_left_for_the_end_and_then_taken_
     assert teacher.asked == [row["text"] for row in rows[1:]]
     first = answers(job_id, 12)[0]
     assert first["source"] == "cache"
-    assert np.allclose(first["probabilities"], [0.5, 0.3, 0.2])
+    assert np.allclose(first["distribution"], [0.5, 0.3, 0.2])
     told = figures(job_id)
     assert (told["tokens"], told["tokens_saved"], told["seconds_saved"]) == (110, 7, 0.5)
 
