@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
 EndpointName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._\-]{0,99}$")]
@@ -98,11 +108,11 @@ class Settings(BaseSettings):
     spool_dir: Path | None = None
     """Where uploads are spooled and checkpoints are packed; null: the system's temporary directory."""
 
-    model_roots: list[Path] = []
-    """Directories with models a client may name (JSON list)."""
+    model_roots: Annotated[list[Path], NoDecode] = []
+    """Directories with models a client may name (separated by commas, or a JSON list)."""
     allow_hub: bool = False
     """Whether models may be downloaded from the Hugging Face hub."""
-    endpoints: dict[EndpointName, Endpoint] = {}
+    endpoints: Annotated[dict[EndpointName, Endpoint], NoDecode] = {}
     """The servers that `endpoint` teachers may ask, by name (JSON object)."""
 
     max_upload_bytes: int = 5 * 1024 * MIB
@@ -161,7 +171,28 @@ class Settings(BaseSettings):
     predict_bytes: int = Field(1024 * MIB, ge=0)
     """Bytes of students that an API process keeps loaded to predict with; a larger student is refused, 0 refuses all."""
 
-    cors_origins: list[str] = []
+    cors_origins: Annotated[list[str], NoDecode] = []
+    """Web pages of other origins that may call the API (separated by commas, or a JSON list)."""
+
+    @field_validator("model_roots", "endpoints", "cors_origins", mode="before")
+    @classmethod
+    def _written(cls, value: Any, told: ValidationInfo) -> Any:
+        """What stands in an environment variable."""
+        if not isinstance(value, str):
+            return value
+        if told.field_name != "endpoints" and not value.lstrip().startswith("["):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not JSON: {error}") from None
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, value: str) -> str:
+        if not value.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+            raise ValueError("must be like postgresql://user:password@host:5432/name")
+        return value
 
     @property
     def sqlalchemy_url(self) -> str:
@@ -172,7 +203,17 @@ class Settings(BaseSettings):
         return self.database_url
 
 
+class BadSettings(Exception):
+    """What stands in the environment, or in `.env`, cannot be a setting."""
+
+
 @lru_cache
 def settings() -> Settings:
-    """The settings of this process, read once."""
-    return Settings()
+    """The settings of this process, read once. Raises BadSettings, without the values: some are secrets."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = error.errors(include_input=False, include_url=False)
+    told = (f"{fault['loc'][0]}".upper() + "".join(f"/{part}" for part in fault["loc"][1:]) for fault in faults)
+    lines = (f"UNDERSTUDY_{name}: {fault['msg']}" for name, fault in zip(told, faults, strict=True))
+    raise BadSettings("; ".join(line.replace("Value error, ", "") for line in lines))
