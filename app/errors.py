@@ -275,6 +275,12 @@ def field_faults(errors: Iterable[Any]) -> list[Fault]:
         message, location = error["msg"].removeprefix("Value error, "), error["loc"]
         if error["type"] == "extra_forbidden":
             message = "unknown field; remove it or correct its spelling"
+        elif error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            message = "must be a JSON object" + (" with a `kind`" if location[-1] in ("teacher", "method") else "")
+        elif error["type"] == "union_tag_not_found":
+            message = "has no `kind`, which says what the other fields mean"
+        elif error["type"] == "union_tag_invalid":
+            message = f"there is no kind {_short(error['ctx']['tag'])!r}; there are {error['ctx']['expected_tags']}"
         elif error["type"] == "missing":
             message = "required field is missing"
         elif error["type"] == "unknown_parameter":
@@ -346,8 +352,11 @@ def install(app: FastAPI) -> None:
         if isinstance(error.__cause__, Problem):  # FastAPI answers 400 whatever the reading of the body raised.
             return problem_response(request, error.__cause__)
         problem = Problem(str(error.detail), headers=dict(error.headers or {}))
+        if error.status_code == 404:
+            problem.detail = "There is no such path; /docs lists those there are."
         if error.status_code == 405:
             problem.headers["Allow"] = ", ".join(sorted(_methods(request, problem.headers.get("Allow", ""))))
+            problem.detail = f"This path takes {problem.headers['Allow']}."
         problem.status = error.status_code
         problem.code = TITLES.get(error.status_code, "error").lower().replace(" ", "_")
         return problem_response(request, problem)

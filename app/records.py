@@ -10,6 +10,7 @@ import gzip
 import io
 import math
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -84,6 +85,14 @@ FOREIGN_FILES = {
     b"\xfe\xff": "UTF-16 text",
 }
 """First bytes of what people send by mistake."""
+ARRAY_BEGINS = re.compile(rb"\s*\[\s*(\{|$)")
+"""The first line of a JSON file that is one array, on one line or on many."""
+SEPARATORS = {
+    "\t": "tabs; send it as TSV (.tsv)",
+    ";": "semicolons; separate them by commas",
+    ",": "commas; send it as CSV (.csv)",
+}
+"""What a header holds that was not taken apart, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -373,6 +382,11 @@ class Roles:
                 raise UnknownColumn(f"There is no column {_quoted(name)} ({role}_column). {has}")
         if self.names[0] is None:
             expected = ", ".join(DEFAULT_COLUMNS["text"])
+            if len(self.seen) == 1:
+                [only] = self.seen
+                has += next(
+                    (f" It seems to be separated by {told}." for sign, told in SEPARATORS.items() if sign in only), ""
+                )
             raise UnknownColumn(f"No column holds the text: looked for {expected}. Name it with text_column. {has}")
 
 
@@ -561,7 +575,7 @@ def _open(source: Path, limits: Limits) -> io.BufferedReader[Any]:
     try:
         head = reader.peek(4)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UnreadableFile(f"The gzip stream is damaged at its beginning: {error}.") from None
+        raise UnreadableFile(f"The gzip stream is damaged, or breaks off: {error}.") from None
     if not head:
         raise EmptyFile
     if head[:2] == b"\x1f\x8b":
@@ -592,6 +606,8 @@ def _json_lines(stream: io.BufferedReader, roles: Roles, limits: Limits) -> Foun
     line = 0
     while content := stream.readline(most + 1):
         line += 1
+        if line == 1 and ARRAY_BEGINS.match(content):
+            raise UnreadableFile("The file is one JSON array. Write one object per line (JSON Lines).")
         if len(content) > most and not content.endswith(b"\n"):
             while (rest := stream.readline(READ_BYTES)) and not rest.endswith(b"\n"):
                 pass
@@ -603,8 +619,6 @@ def _json_lines(stream: io.BufferedReader, roles: Roles, limits: Limits) -> Foun
             yield line, None if content.isspace() else _bad_json(error)
             continue
         if not isinstance(row, dict):
-            if line == 1 and isinstance(row, list):
-                raise UnreadableFile("The file is one JSON array. Write one object per line (JSON Lines).")
             yield line, BadRow(None, "not_an_object", f"the line must hold a JSON object, not {_json_type(row)}")
             continue
         if not row.keys() <= seen:
@@ -667,8 +681,8 @@ def _delimited(stream: io.BufferedReader, delimiter: str, roles: Roles, limits: 
             return
         except csv.Error as error:
             if header is None:
-                raise UnreadableFile(f"The header line cannot be read: {error}.") from None
-            yield lines.start, BadRow(None, "malformed_record", f"the record cannot be read: {error}")
+                raise UnreadableFile(f"The header line cannot be read: {_bad_record(error)}.") from None
+            yield lines.start, BadRow(None, "malformed_record", f"the record cannot be read: {_bad_record(error)}")
             continue
         if not fields:
             yield lines.start, None
@@ -681,6 +695,14 @@ def _delimited(stream: io.BufferedReader, delimiter: str, roles: Roles, limits: 
             yield lines.start, BadRow(None, "wrong_field_count", message)
         else:
             yield lines.start, [None if position is None else fields[position] for position in wanted]
+
+
+def _bad_record(error: csv.Error) -> str:
+    """The module's words, where they are not for its programmers."""
+    reason = str(error)
+    if "new-line character" in reason:
+        return "it holds a carriage return inside a line; end the lines with a line feed"
+    return "a quote is opened and never closed" if reason == "unexpected end of data" else reason
 
 
 def _see_all(header: Sequence[str], roles: Roles, limits: Limits) -> None:
