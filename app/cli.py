@@ -5,12 +5,15 @@ Heavy modules are imported where they are needed, so that `understudy jobs` does
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 import sys
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +28,9 @@ EXIT_CODES = {"succeeded": 0, "failed": 1, "cancelled": 2}
 INTERRUPTED = 130
 PIPE_WIDTH = 200
 SPLIT_FIELDS = ("dataset_id", "validation_dataset_id", "test_dataset_id")
+DATASET_ID = re.compile(r"ds_[0-9a-f]{32}")
+NOT_YET = "ds_" + "0" * 32
+"""Stands for a dataset that is not uploaded yet."""
 
 # Into a pipe a table may be as wide as it likes; only a terminal needs it folded.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
@@ -62,14 +68,20 @@ def explain(error: Exception) -> list[str] | None:
         lines = [f"error: {error.detail}" + (f" (request {error.request_id})" if error.status >= 500 else "")]
         lines += [f"  {_place(fault)}{fault.get('message')}" for fault in shown]
         more = error.total_errors - len(shown)
-        return lines + ([f"  … and {more} more"] if shown and more > 0 else [])
+        lines += [f"  … and {more} more"] if shown and more > 0 else []
+        if error.code in ("invalid_rows", "unknown_column"):
+            lines.append("`understudy upload FILE` takes --text-column NAME, --label-column NAME and --on-error skip.")
+        return lines
     if isinstance(error, httpx.TransportError):
         return [f"error: no answer from {error.request.url.copy_with(path='/')} ({error}); is the server running?"]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return [f"error: {error.filename}: {error.strerror}"]
     known: tuple[type[Exception], ...] = (Mistake, DownloadDamaged, tarfile.TarError, OSError)
-    if type(error).__module__ in ("app.up", "app.embedded") or isinstance(error, known):
+    if type(error).__module__ in ("app.config", "app.up", "app.embedded") or isinstance(error, known):
         return [f"error: {error}"]
     if type(error).__module__.startswith("sqlalchemy.") and type(error).__name__ == "OperationalError":
-        return [f"error: the database does not answer ({str(error.__cause__).splitlines()[0]})"]
+        reason = str(error.__cause__).splitlines()[0]
+        return [f"error: the database does not answer ({reason}); UNDERSTUDY_DATABASE_URL says where it is"]
     return None
 
 
@@ -88,7 +100,8 @@ app = typer.Typer(
     help="Knowledge distillation as a service: unlabeled text in, a small RoBERTa classifier out.",
 )  # fmt: skip
 keys_app = typer.Typer(
-    no_args_is_help=True, help="Make, list, rotate, limit and revoke API keys (on the server's database)."
+    no_args_is_help=True,
+    help="Make, list, rotate, limit and revoke API keys, on the server's database; beside `up`, POST /keys does.",
 )
 app.add_typer(keys_app, name="keys")
 
@@ -140,7 +153,7 @@ def worker(
     """Run one worker: one process that does one thing at a time."""
     from app.queue import QUEUES
 
-    queues = ",".join(sorted(QUEUES.values())) if queue is Queue.ALL else queue.value
+    queues = ",".join(sorted(set(QUEUES.values()))) if queue is Queue.ALL else queue.value
     command = [
         sys.executable, "-m", "celery", "-A", "workers.celery_app", "worker", "--pool", "solo", "--concurrency", "1",
         "-Q", queues, "-n", f"{queue.value}-{os.getpid()}@%h", "--loglevel", "INFO",
@@ -344,6 +357,12 @@ def show_audit(
 
 # --- the client -----------------------------------------------------------------------------------------------------
 
+
+class OnError(StrEnum):
+    REJECT = "reject"
+    SKIP = "skip"
+
+
 Url = Annotated[str, typer.Option(envvar="UNDERSTUDY_URL", help="Where the API is.")]
 Key = Annotated[
     str | None, typer.Option(envvar="UNDERSTUDY_API_KEY", help="The API key; else the one in ./data/api-key.")
@@ -355,12 +374,48 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 def _client(url: str, key: str | None) -> Client:
     from app.client import Client
 
+    if not url.startswith(("http://", "https://")):
+        raise Mistake(f"--url {url!r}: must begin with http:// or https://")
     if key is None:
         try:
-            key = Path("data/api-key").read_text().strip()
+            key = Path("data/api-key").read_text()
         except FileNotFoundError:
             raise Mistake("no API key: give --key, set UNDERSTUDY_API_KEY, or run where data/api-key is") from None
+    key = key.strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise Mistake("the API key is not one: keys look like us_…")
     return Client(url, key)
+
+
+def _id(given: str, *kinds: str) -> str:
+    """The id, of one of these kinds. Raises Mistake."""
+    if not re.fullmatch(rf"({'|'.join(kinds)})_\w+", given, re.ASCII):
+        raise Mistake(f"{given!r} is not such an id: they begin with {' or '.join(f'{kind}_' for kind in kinds)}")
+    return given
+
+
+@app.command()
+def upload(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".jsonl, .csv, .tsv or .parquet, or .gz.")],
+    name: Annotated[str | None, typer.Option(help="What to call it; the file's name when left out.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The column with the text.")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="The column with the second text of a pair.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The column with the label.")] = None,
+    confidence_column: Annotated[str | None, typer.Option(help="The column that says how sure the label is.")] = None,
+    distribution_column: Annotated[str | None, typer.Option(help="The column with a probability per label.")] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="What one bad row does: refuse the file, or be left out.")
+    ] = OnError.REJECT,
+    url: Url = HERE,
+    key: Key = None,
+) -> None:
+    """Upload a dataset and print its id. `submit` uploads files by itself; here their columns can be named."""
+    columns = {
+        "text_column": text_column, "text_pair_column": text_pair_column, "label_column": label_column,
+        "confidence_column": confidence_column, "distribution_column": distribution_column,
+    }  # fmt: skip
+    with _client(url, key) as client:
+        out.print(_upload(client, file, **columns, name=name, on_error=on_error.value)["id"])
 
 
 @app.command()
@@ -378,10 +433,10 @@ def submit(
     validation: Annotated[str | None, typer.Option(help="Labeled rows that choose the checkpoint.")] = None,
     test: Annotated[str | None, typer.Option(help="Labeled rows for the final scores.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="A class: `name` or `name=description`; repeat it.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="embedding or dataset.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="embedding, lbl2vec or dataset; a spec file for others.")] = None,
     method: Annotated[str | None, typer.Option(help="llkd, no_selection, random, …")] = None,
     student: Annotated[str | None, typer.Option(help="all-MiniLM-L6-v2, scratch, or a model of the server.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="How often the student sees the rows.")] = None,
     name: Annotated[str | None, typer.Option(help="A name for people.")] = None,
     wait: Annotated[bool, typer.Option(help="Watch the job until it ends.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what the job would need.")] = False,
@@ -396,7 +451,7 @@ def submit(
     folder = spec.parent if spec else Path()
     for field, given in zip(SPLIT_FIELDS, (dataset, validation, test), strict=True):
         if given is not None:
-            wish[field] = given if given.startswith("ds_") else str(Path(given).resolve())
+            wish[field] = given if DATASET_ID.fullmatch(given) else str(Path(given).resolve())
     if label:
         wish["labels"] = [_label(entry) for entry in label]
     for field, kind in (("teacher", teacher), ("method", method)):
@@ -404,13 +459,17 @@ def submit(
             wish[field] = {"kind": kind}
     wish.setdefault("teacher", {"kind": "embedding"})
     wish.setdefault("method", {"kind": "llkd"})
-    if student is not None:
-        wish["student"] = {**wish.get("student", {}), "model": student}
-    if epochs is not None:
-        wish["training"] = {**wish.get("training", {}), "epochs": epochs}
+    for field, change in (("student", {"model": student}), ("training", {"epochs": epochs})):
+        if None not in change.values():
+            if not isinstance(wish.setdefault(field, {}), dict):
+                raise Mistake(f"{spec}: {field} must be a JSON object")
+            wish[field] |= change
     if name is not None:
         wish["name"] = name
+    if "dataset_id" not in wish:
+        raise Mistake("give the rows to label: --dataset FILE, or a SPEC.json with a dataset_id")
     with _client(url, key) as client:
+        _look_first(wish, lambda early: client.submit(early, dry_run=True, measure=False))
         upload_files(client, wish, folder)
         if dry_run:
             _print_need(client.submit(wish, dry_run=True, measure=measure))
@@ -449,38 +508,73 @@ def _print_need(told: dict[str, Any]) -> None:
         out.print(escape(f"{name}: {value}"), highlight=False)
 
 
+def _look_first(spec: dict[str, Any], dry_run: Callable[[dict[str, Any]], object]) -> None:
+    """Have the server look at a spec before files are uploaded for it. Raises ApiError for what is wrong but for them."""
+    from app.client import ApiError
+
+    early = copy.deepcopy(spec)
+    for part, field in _files(early):
+        part[field] = NOT_YET
+    if early == spec:
+        return
+    try:
+        dry_run(early)
+    except ApiError as error:
+        error.errors = [fault for fault in error.errors if NOT_YET not in fault["message"]]
+        if error.status != 422 or not error.errors:
+            return
+        error.total_errors, first = len(error.errors), error.errors[0]
+        error.detail = f"{_place(first)}{first['message']}".lstrip("/")
+        raise
+
+
 def upload_files(client: Client, spec: dict[str, Any], folder: Path) -> None:
     """Replace every dataset of the spec that is a path, taken from `folder`, by the id of its upload."""
+    files = list(_files(spec))
+    for part, field in files:
+        if not (folder / part[field]).is_file():
+            raise Mistake(f"{field}: there is no file {folder / part[field]}")
+    for part, field in files:
+        part[field] = _upload(client, folder / part[field])["id"]
+
+
+def _files(spec: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the spec names a dataset by a path: the spec itself or an arm of it, and the field."""
+    arms = spec.get("arms", [])
+    for part in (spec, *(arms if isinstance(arms, list) else [])):
+        for field in SPLIT_FIELDS if isinstance(part, dict) else ():
+            if isinstance(part.get(field), str) and not DATASET_ID.fullmatch(part[field]):
+                yield part, field
+
+
+def _upload(client: Client, path: Path, **options: str | None) -> dict[str, Any]:
     from app.progress import transfer_progress
 
-    for field in SPLIT_FIELDS:
-        given = spec.get(field)
-        if given is None or given.startswith("ds_"):
-            continue
-        path = folder / given
-        if not path.is_file():
-            raise Mistake(f"{field}: there is no file {path}")
-        try:
-            with transfer_progress(err, "upload") as update:
-                stored = client.upload(path, update)
-        except ValueError as error:
-            raise Mistake(str(error)) from None
-        err.print(escape(f"uploaded {path.name}: {stored['rows']:,} rows, {stored['id']}"))
-        for warning in stored["warnings"]:
-            err.print(escape(f"warning: {path.name}: {warning['message']}"))
-        spec[field] = stored["id"]
+    try:
+        with transfer_progress(err, "upload") as update:
+            stored = client.upload(path, update, **options)
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+    err.print(escape(f"uploaded {path.name}: {stored['rows']:,} rows, {stored['id']}"))
+    for warning in stored["warnings"]:
+        err.print(escape(f"warning: {path.name}: {warning['message']}"))
+    return stored
 
 
 def _read_spec(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        spec = json.loads(path.read_bytes())
+        spec = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except ValueError as error:
         raise Mistake(f"{path}: {error}") from None
     if not isinstance(spec, dict):
         raise Mistake(f"{path}: must be a JSON object")
     return spec
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number that JSON has")
 
 
 def _label(entry: str) -> dict[str, str]:
@@ -526,15 +620,16 @@ def compare(
     if plots and output is None:
         raise Mistake("--plots needs --output, the directory to draw into")
     with _client(url, key) as client:
-        ids = comparison_id or []
+        ids = [_id(each, "cmp") for each in comparison_id or []]
         if spec is not None:
             wish = _read_spec(spec)
-            try:
-                wish["arms"] = sweeps.expand(wish.get("arms", []), sweep or [])
-            except ValueError as error:
-                raise Mistake(str(error)) from None
-            for part in (wish, *wish["arms"]):
-                upload_files(client, part, spec.parent)
+            if sweep:
+                try:
+                    wish["arms"] = sweeps.expand(wish.get("arms"), sweep)
+                except ValueError as error:
+                    raise Mistake(str(error)) from None
+            _look_first(wish, lambda early: client.compare(early, dry_run=True))
+            upload_files(client, wish, spec.parent)
             made = client.compare(wish)
             for warning in made["warnings"]:
                 err.print(escape(f"warning: {warning['message']}"))
@@ -621,7 +716,7 @@ def jobs(
 def watch(job_id: JobId, url: Url = HERE, key: Key = None) -> None:
     """Show a job's progress until it ends. Exit status: 0 succeeded, 1 failed, 2 cancelled."""
     with _client(url, key) as client:
-        raise typer.Exit(_watch(client, job_id))
+        raise typer.Exit(_watch(client, _id(job_id, "job")))
 
 
 def _watch(client: Client, job_id: str) -> int:
@@ -640,6 +735,20 @@ def _watch(client: Client, job_id: str) -> int:
     return EXIT_CODES[job["status"]]
 
 
+def _steer(verb: str, told: str) -> None:
+    @app.command(verb, help=told)
+    def move(job_id: JobId, url: Url = HERE, key: Key = None) -> None:
+        with _client(url, key) as client:
+            job = getattr(client, verb)(_id(job_id, *(("job", "cmp") if verb == "cancel" else ("job",))))
+        out.print(f"{job['id']} {job['status']}")
+
+
+_steer("cancel", "End a job, or every run of a comparison.")
+_steer("pause", "Hold a job; its state is saved and its worker is free.")
+_steer("resume", "Let a paused job go on.")
+_steer("retry", "Try a failed or cancelled job again, from its last saved state.")
+
+
 @app.command()
 def download(
     job_id: Annotated[str, typer.Argument(metavar="JOB", help="A job, for its best checkpoint, or a checkpoint.")],
@@ -651,7 +760,7 @@ def download(
     from app.client import unpack
     from app.progress import transfer_progress
 
-    archive = output / f"{job_id}.tar"
+    archive = output / f"{_id(job_id, 'job', 'ckpt')}.tar"
     with _client(url, key) as client, transfer_progress(err, "download") as update:
         client.download(job_id, archive, update)
     unpack(archive, output)

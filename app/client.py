@@ -27,6 +27,7 @@ import httpx
 MEDIA_TYPES = {
     ".jsonl": "application/x-ndjson",
     ".ndjson": "application/x-ndjson",
+    ".json": "application/x-ndjson",
     ".csv": "text/csv",
     ".tsv": "text/tab-separated-values",
     ".parquet": "application/vnd.apache.parquet",
@@ -93,8 +94,9 @@ class Client:
         text_pair_column, label_column, on_error. Raises ValueError for another kind of file, ApiError when the server
         refuses it.
         """
-        gzipped = path.suffix == ".gz"
-        kind = Path(path.stem).suffix if gzipped else path.suffix
+        name = path.name.lower()
+        gzipped = name.endswith(".gz")
+        kind = Path(name.removesuffix(".gz")).suffix
         if kind not in MEDIA_TYPES:
             raise ValueError(f"{path.name}: the name must end in {', '.join(MEDIA_TYPES)}, or one of these and .gz")
         parameters = {"name": path.name, **{name: value for name, value in options.items() if value is not None}}
@@ -265,7 +267,11 @@ class Client:
         `on_progress` gets bytes done and in all. Raises ApiError, and DownloadDamaged when the SHA-256 is wrong.
         """
         address = f"/jobs/{id}/checkpoint" if id.startswith("job_") else f"/checkpoints/{id}/download"
-        head = self._request("HEAD", address).headers
+        try:
+            head = self._request("HEAD", address).headers
+        except ApiError:
+            self._request("GET", address, headers={"Range": "bytes=0-0"})  # refused too, and in words
+            raise
         etag, size, sha256 = head["etag"], int(head["content-length"]), _sha256(head["repr-digest"])
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{sha256[:16]}.partial")  # another checkpoint, another partial file

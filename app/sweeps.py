@@ -9,12 +9,16 @@ from typing import Any
 Arm = dict[str, Any]
 
 
-def expand(arms: list[Arm], wishes: list[str]) -> list[Arm]:
+def expand(arms: Any, wishes: list[str]) -> list[Arm]:
     """Replace each arm that is swept by one for every combination of its values, in the order of the wishes.
 
     A wish is `ARM.OPTION=VALUE,VALUE,…`: an option of the arm's method, or `training.OPTION` or `student.OPTION`. Values
-    are JSON, or else text. Raises ValueError for a wish that cannot be read or names no arm.
+    are JSON, or else text. Raises ValueError for a wish that cannot be read or names no arm, and for arms without names.
     """
+    if not isinstance(arms, list) or not all(
+        isinstance(arm, dict) and isinstance(arm.get("name"), str) for arm in arms
+    ):
+        raise ValueError("arms: must be a list of objects, each with a name")
     grids: dict[str, list[tuple[str, list[str]]]] = {}
     for wish in wishes:
         target, separator, values = wish.partition("=")

@@ -71,7 +71,9 @@ def _refuse_a_taken_port(host: str, port: int) -> None:
         try:
             listener.bind((host, port))
         except OSError as error:
-            raise PortTaken(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+            raise PortTaken(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port or --host"
+            ) from None
 
 
 def _turn_signals_into_interrupts() -> None:

@@ -148,24 +148,70 @@ def test_a_checkpoint_is_downloaded_and_unpacked(service: Service, job_id: str) 
     ("arguments", "message"),
     [
         (["watch", "job_nothing"], "error: There is nothing here under that id."),
+        (["watch", "../datasets"], "error: '../datasets' is not such an id: they begin with job_"),
+        (["download", "job_nothing", "-o", "nowhere"], "error: There is nothing here under that id."),
+        (["download", "../jobs", "-o", "nowhere"], "they begin with job_ or ckpt_"),
+        (["retry", "job_nothing"], "error: There is nothing here under that id."),
+        (["submit"], "error: give the rows to label: --dataset FILE"),
+        (["submit", "numbers.json"], "error: dataset_id: Input should be a valid string"),
+        (["submit", "numbers.json", "--student", "scratch"], "error: numbers.json: student must be a JSON object"),
+        (["submit", "nan.json"], "error: nan.json: NaN is not a number that JSON has"),
         (["submit", "--dataset", "nowhere.jsonl"], "there is no file"),
         (["submit", "--dataset", "ds_" + "0" * 32, "--method", "magic"], "method"),
         (["submit", "broken.json"], "broken.json: "),
         (["compare"], "give either a SPEC.json to start, or the --id"),
         (["compare", "broken.json"], "broken.json: "),
         (["compare", "--id", "cmp_nothing"], "error: There is nothing here under that id."),
+        (["compare", "numbers.json", "--sweep", "a.b=1"], "error: arms: must be a list of objects, each with a name"),
         (["jobs", "--url", "http://127.0.0.1:1"], "error: no answer from http://127.0.0.1:1/"),
+        (["jobs", "--url", "localhost:8000"], "error: --url 'localhost:8000': must begin with http://"),
+        (["jobs", "--key", "clé"], "error: the API key is not one"),
+        (["upload", "broken.json", "--url", "http://127.0.0.1:1"], "error: no answer from http://127.0.0.1:1/"),
     ],
 )
 def test_a_mistake_is_told_in_a_line_and_without_a_traceback(
     service: Service, arguments: list[str], message: str
 ) -> None:
     (service.directory / "broken.json").write_text("{")
+    (service.directory / "numbers.json").write_text('{"dataset_id": 1, "student": 2, "arms": 3}')
+    (service.directory / "nan.json").write_text('{"dataset_id": NaN}')
     done = service.run(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_wrong_spec_is_refused_before_its_files_are_uploaded(service: Service, job_id: str) -> None:
+    spec = tiny_spec("rows.jsonl") | {"teacher": {"kind": "endpoint", "endpoint": "none"}, "labels": TOPICS}
+    (service.directory / "wrong.json").write_text(json.dumps(spec))
+    one = service.run("submit", "wrong.json")
+    two = service.run("submit", "wrong.json", "--student", "nowhere")
+    assert (
+        one.stderr
+        == "error: teacher/endpoint: 'none' is not an endpoint that the operator has configured; there is none\n"
+    )
+    assert "error: student/model: There is no model 'nowhere' here." in two.stderr
+    assert "  /teacher/endpoint: 'none'" in two.stderr
+    assert "dataset" not in two.stderr
+    missing = service.run("submit", "spec.json", "--test", "nowhere.jsonl")
+    assert "there is no file" in missing.stderr
+    assert (one.returncode, two.returncode, missing.returncode) == (1, 1, 1)
+    assert "uploaded" not in one.stderr + two.stderr + missing.stderr
+
+
+def test_a_file_is_uploaded_with_its_columns_named(service: Service) -> None:
+    (service.directory / "OTHER.CSV").write_text("message,kind\nhello,greeting\n,greeting\nbye,farewell\n")
+    refused = service.run("upload", "OTHER.CSV")
+    assert refused.returncode == 1
+    assert "No column holds the text" in refused.stderr
+    assert "`understudy upload FILE` takes --text-column NAME" in refused.stderr
+    options = ("--text-column", "message", "--label-column", "kind", "--on-error", "skip", "--name", "others")
+    done = service.run("upload", "OTHER.CSV", *options)
+    assert done.returncode == 0, done.stderr
+    stored = httpx.get(f"{service.url}/datasets/{done.stdout.strip()}", headers=authorization(service)).json()
+    assert (stored["name"], stored["rows"], stored["skipped"]) == ("others", 2, 1)
+    assert stored["label_counts"] == {"greeting": 1, "farewell": 1}
 
 
 def test_a_comparison_runs_prints_its_table_and_writes_it_with_plots(service: Service, job_id: str) -> None:
@@ -229,8 +275,10 @@ def test_a_cancelled_job_ends_watch_with_2(service: Service, job_id: str) -> Non
     dataset = httpx.get(f"{service.url}/jobs/{job_id}", headers=authorization(service)).json()["spec"]["dataset_id"]
     spec = tiny_spec(dataset, training={"epochs": 1000})
     long = httpx.post(f"{service.url}/jobs", json=spec, headers=authorization(service)).json()["id"]
-    httpx.post(f"{service.url}/jobs/{long}/cancel", headers=authorization(service))
+    cancelled = service.run("cancel", long)
+    assert (cancelled.returncode, cancelled.stdout.split()[0]) == (0, long)
     assert service.run("watch", long).returncode == 2
+    assert service.run("pause", long).returncode == 1
 
 
 def authorization(service: Service) -> dict[str, str]:
