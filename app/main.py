@@ -49,6 +49,11 @@ NOTHING = "default-src 'none'; frame-ancestors 'none'"
 """What an answer of the API may load or run in a browser."""
 DASHBOARD = "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 SWAGGER_FROM = "https://cdn.jsdelivr.net"
+WITHOUT_SWAGGER = (
+    f"<p>This page is drawn by Swagger UI, which your browser loads from {SWAGGER_FROM}. Where that cannot be reached, read "
+    '<a href="/openapi.json">the OpenAPI document</a>, or docs/api.md of the project.</p>'
+)
+"""What is seen until Swagger takes its place, and where it cannot be loaded."""
 SECURE_SECONDS = 365 * 24 * 3600
 """How long a browser that came by https is told to come by nothing else."""
 
@@ -216,12 +221,14 @@ def create_app() -> FastAPI:
     def dashboard() -> FileResponse:
         return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": DASHBOARD})
 
-    page = get_swagger_ui_html(openapi_url="/openapi.json", title="Understudy", swagger_favicon_url="data:,")
-    policy = _policy_of(bytes(page.body).decode())
+    swagger = get_swagger_ui_html(openapi_url="/openapi.json", title="Understudy", swagger_favicon_url="data:,")
+    container = '<div id="swagger-ui">'
+    page = bytes(swagger.body).decode().replace(container, container + WITHOUT_SWAGGER)
+    policy = _policy_of(page)
 
     @app.get("/docs", include_in_schema=False)
     def documentation() -> HTMLResponse:
-        return HTMLResponse(page.body, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     if origins := settings().cors_origins:
         app.add_middleware(

@@ -29,6 +29,7 @@ async function route() {
     else if (page === "comparisons") await showComparisons(main, signal, attempt(signal));
     else await showJobs(signal);
   } catch (error) {
+    if (!signal.aborted) main.replaceChildren(); // the page before is not what was asked for
     answer(error, signal);
   }
 }

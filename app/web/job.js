@@ -44,7 +44,8 @@ export async function showJob(main, id, signal, attempt) {
 
   const series = new Series(path, signal);
   let shown = null;
-  let drawn = -1;
+  let drawn = null;
+  const charted = () => `${series.size} ${job.is_terminal}`;
   const render = () => {
     parts.head.replaceChildren(...heading(job));
     parts.phases.replaceChildren(h("h2", {}, "Phases"), phases(job));
@@ -56,9 +57,11 @@ export async function showJob(main, id, signal, attempt) {
       if (parts.samples.isEmpty) attempt(() => parts.samples.load(0));
     }
     const looking = parts.charts.matches(":hover, :focus-within"); // nor a chart its cursor
-    if (drawn !== series.size && !looking) {
-      drawn = series.size;
-      parts.charts.replaceChildren(h("h2", {}, "Training"), h("div", { class: "charts" }, charts(series)));
+    if (drawn !== charted() && !looking) {
+      drawn = charted();
+      const figures = charts(series).filter((figure) => !job.is_terminal || !figure.querySelector(".empty"));
+      parts.charts.replaceChildren(h("h2", {}, "Training"), h("div", { class: "charts" }, figures));
+      parts.charts.hidden = !figures.length;
     }
     follow();
   };
@@ -86,7 +89,7 @@ export async function showJob(main, id, signal, attempt) {
   await series.update();
   render();
   const timer = setInterval(() => {
-    if (!document.hidden && !(job.is_terminal && drawn === series.size)) attempt(refresh);
+    if (!document.hidden && !(job.is_terminal && drawn === charted())) attempt(refresh);
   }, JOB_MILLISECONDS);
   signal.addEventListener("abort", () => clearInterval(timer));
 }

@@ -74,6 +74,23 @@ def test_json_that_cannot_be_held_is_the_client_s_fault(client: TestClient, body
     assert_problem(client.post("/jobs", content=body, headers=JSON), 400, "bad_request")
 
 
+@pytest.mark.parametrize(
+    ("change", "pointer", "message"),
+    [
+        ({"method": "llkd"}, "/method", "must be a JSON object with a `kind`"),
+        ({"method": {}}, "/method", "has no `kind`, which says what the other fields mean"),
+        ({"method": {"kind": "lkld"}}, "/method", "there is no kind 'lkld'; there are 'llkd', 'no_selection', "),
+        ({"student": "scratch"}, "/student", "must be a JSON object"),
+    ],
+)
+def test_a_part_of_another_shape_is_refused_in_words_of_ours(
+    client: TestClient, change: dict[str, Any], pointer: str, message: str
+) -> None:
+    answer = client.post("/jobs", json=tiny_spec("ds_0123456789abcdef", **change))
+    [fault] = assert_problem(answer, 422, "validation_error")["errors"]
+    assert (fault["pointer"], fault["message"][: len(message)]) == (pointer, message)
+
+
 def test_what_the_client_sent_is_not_echoed_at_length(client: TestClient) -> None:
     for change in ({"method": {"kind": "k" * 100_000}}, {"k" * 100_000: 1}):
         answer = client.post("/jobs", json=tiny_spec("ds_0123456789abcdef", **change))
@@ -170,7 +187,7 @@ def test_pages_are_shown_whatever_stands_behind_their_address(client: TestClient
 @pytest.mark.parametrize(("path", "methods"), [("/jobs", "GET, POST"), ("/datasets/x", "DELETE, GET"), ("/", "GET")])
 def test_405_names_every_method_of_the_path(client: TestClient, path: str, methods: str) -> None:
     answer = client.put(path)
-    assert_problem(answer, 405, "method_not_allowed")
+    assert assert_problem(answer, 405, "method_not_allowed")["detail"] == f"This path takes {methods}."
     assert answer.headers["allow"] == methods
 
 
@@ -193,6 +210,12 @@ def test_a_page_of_another_origin_may_read_the_headers(client: TestClient, monke
 
 
 # --- the OpenAPI document -------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_says_where_to_read_without_the_internet(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assert '<div id="swagger-ui"><p>' in page
+    assert '<a href="/openapi.json">' in page
 
 
 def test_the_document_describes_every_error_as_problem_json(client: TestClient) -> None:

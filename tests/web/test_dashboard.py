@@ -253,6 +253,19 @@ def test_a_job_shows_what_happens_to_it_while_it_happens(page: Browser, tmp_path
 
 
 @needs_browser
+def test_a_job_that_has_ended_shows_no_empty_charts(page: Browser, tmp_path: Path) -> None:
+    job_id = stored_job()
+    with session_scope() as session:
+        lifecycle.record_metrics(session, job_id, 1, 0.5, {"train_loss": 1.0})
+    enter(page)
+    page.click("tbody a")
+    page.see("nothing yet", ".chart")
+    finish(job_id, tmp_path)
+    page.see("succeeded", "h1")
+    wait_until(lambda: page.count(".chart") == 1, PATIENCE_SECONDS, "only the loss is drawn")
+
+
+@needs_browser
 def test_samples_are_filtered_by_decision_and_label(page: Browser, tmp_path: Path) -> None:
     job_id = stored_job()
     store_ledger(job_id, tmp_path)
@@ -392,3 +405,4 @@ def test_another_tenants_job_is_not_found(page: Browser) -> None:
     page.see("No jobs yet")
     page.run("location.hash = '#/jobs/' + arguments[0]", job_id)
     page.see("There is nothing here under that id.", "#problem")
+    assert page.text("main") == "", "nothing of the page before is left"
