@@ -12,7 +12,7 @@ install:         ## make .venv with the pinned set
 	@rm -f .venv/installed; $(MAKE) --no-print-directory .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || { $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; say where: make PYTHON=python3.11")' && $(PYTHON) -m venv .venv; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[worker,embedded,dev]' -c constraints.txt
 	touch .venv/installed
