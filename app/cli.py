@@ -469,7 +469,7 @@ def submit(
     if "dataset_id" not in wish:
         raise Mistake("give the rows to label: --dataset FILE, or a SPEC.json with a dataset_id")
     with _client(url, key) as client:
-        _look_first(wish, lambda early: client.submit(early, dry_run=True, measure=False))
+        _look_first(wish, folder, lambda early: client.submit(early, dry_run=True, measure=False))
         upload_files(client, wish, folder)
         if dry_run:
             _print_need(client.submit(wish, dry_run=True, measure=measure))
@@ -508,12 +508,17 @@ def _print_need(told: dict[str, Any]) -> None:
         out.print(escape(f"{name}: {value}"), highlight=False)
 
 
-def _look_first(spec: dict[str, Any], dry_run: Callable[[dict[str, Any]], object]) -> None:
-    """Have the server look at a spec before files are uploaded for it. Raises ApiError for what is wrong but for them."""
+def _look_first(spec: dict[str, Any], folder: Path, dry_run: Callable[[dict[str, Any]], object]) -> None:
+    """Before anything is uploaded: are the files there, and what does the server say of the spec but for them?
+
+    Raises Mistake and ApiError.
+    """
     from app.client import ApiError
 
     early = copy.deepcopy(spec)
-    for part, field in _files(early):
+    for part, field in list(_files(early)):
+        if not (folder / part[field]).is_file():
+            raise Mistake(f"{field}: there is no file {folder / part[field]}")
         part[field] = NOT_YET
     if early == spec:
         return
@@ -530,11 +535,7 @@ def _look_first(spec: dict[str, Any], dry_run: Callable[[dict[str, Any]], object
 
 def upload_files(client: Client, spec: dict[str, Any], folder: Path) -> None:
     """Replace every dataset of the spec that is a path, taken from `folder`, by the id of its upload."""
-    files = list(_files(spec))
-    for part, field in files:
-        if not (folder / part[field]).is_file():
-            raise Mistake(f"{field}: there is no file {folder / part[field]}")
-    for part, field in files:
+    for part, field in list(_files(spec)):
         part[field] = _upload(client, folder / part[field])["id"]
 
 
@@ -628,7 +629,7 @@ def compare(
                     wish["arms"] = sweeps.expand(wish.get("arms"), sweep)
                 except ValueError as error:
                     raise Mistake(str(error)) from None
-            _look_first(wish, lambda early: client.compare(early, dry_run=True))
+            _look_first(wish, spec.parent, lambda early: client.compare(early, dry_run=True))
             upload_files(client, wish, spec.parent)
             made = client.compare(wish)
             for warning in made["warnings"]:
