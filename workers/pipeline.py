@@ -34,6 +34,7 @@ from workers.training.evaluation import Answers, Scores, calibrate, evaluate, pr
 from workers.training.processes import how_many, together
 from workers.training.run import HeldOut, Pool, Run, begin
 from workers.training.splits import Splits, choose, exact_groups, near_groups
+from workers.training.step import interruptible
 
 log = structlog.get_logger()
 
@@ -84,7 +85,7 @@ class Material:
 
 
 def run_job(job: Job, report: Reporter) -> None:
-    """Train, score and publish. Raises WorkFailed with a reason, Stopped, or LeaseLost."""
+    """Train, score and publish. Raises WorkFailed with a reason, Stopped, GivenUp, or LeaseLost."""
     files = storage()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -174,7 +175,8 @@ def run_job(job: Job, report: Reporter) -> None:
         )  # fmt: skip
 
     work = (run, pool, held_out, material.labels, material.spec.method, training, report)
-    with together(how_many(), *work):
+    models = [student.model, *(companion.encoder.model for companion in run.companions.values())]
+    with together(how_many(), *work), interruptible(report, models):
         distill(
             *work, save=save, save_every_seconds=settings().resume_every_seconds, on_epoch=write_ledger
         )  # fmt: skip

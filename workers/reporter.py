@@ -25,10 +25,16 @@ log = structlog.get_logger()
 
 RENEW_SECONDS = 2.0
 FLUSH_SECONDS = 2.0
+HOLD_SECONDS = 4.0
+"""How long the owner of a job who wants it to stop waits for the end of a step: with RENEW_SECONDS less than the 10 promised."""
 
 
 class Stopped(Exception):
     """The work was asked to stop: paused, cancelled, or the worker is shutting down. Save the state first."""
+
+
+class GivenUp(Exception):
+    """The work was given up in the middle of a step: what it holds is neither before nor after, and must not be saved."""
 
 
 class Report(Protocol):
@@ -41,6 +47,7 @@ class Report(Protocol):
     def event(self, type: str, message: str, *, level: str = "info", **data: Any) -> None: ...
     def flush(self) -> None: ...
     def check(self) -> None: ...
+    def check_within_step(self) -> None: ...
 
 
 class MemoryReporter:
@@ -67,6 +74,8 @@ class MemoryReporter:
     def flush(self) -> None: ...
 
     def check(self) -> None: ...
+
+    def check_within_step(self) -> None: ...
 
 
 class Heartbeat:
@@ -141,6 +150,7 @@ class Reporter:
         self._points: list[tuple[int, float, dict[str, float | None]]] = []
         self._selection: dict[str, Any] | None = None
         self._flushed_at = time.monotonic()
+        self._asked_at: float | None = None
 
     def phase(self, name: str, total: int) -> None:
         """Enter a phase that will do `total` rows."""
@@ -221,3 +231,14 @@ class Reporter:
         self._heartbeat.check()
         if self._heartbeat.status in ("pausing", "cancelling") or self._stopping.is_set():
             raise Stopped(self._heartbeat.status)
+
+    def check_within_step(self) -> None:
+        """Go on with a step? Raises GivenUp when the owner has waited for its end for HOLD_SECONDS.
+
+        A worker that is shut down ends its step: it has the time, and then nothing is done twice.
+        """
+        if self._heartbeat.status not in ("pausing", "cancelling"):
+            return
+        self._asked_at = self._asked_at or time.monotonic()
+        if time.monotonic() - self._asked_at > HOLD_SECONDS:
+            raise GivenUp

@@ -18,7 +18,7 @@ from app.lifecycle import LeaseLost, WorkFailed
 from app.models import Job
 from workers.celery_app import celery, stopping, worker_name
 from workers.failures import failure_of
-from workers.reporter import Heartbeat, Reporter, Stopped
+from workers.reporter import GivenUp, Heartbeat, Reporter, Stopped
 
 log = structlog.get_logger()
 
@@ -108,7 +108,7 @@ def _record_end(job_id: str, attempt: int, error: Exception) -> None:
     """Let the job stop, or fail with a reason, for what ended its work. Raises LeaseLost when that is another's now."""
     if isinstance(error, LeaseLost):
         raise error
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped | GivenUp):
         patiently(lambda session: lifecycle.stop(session, lifecycle.held(session, job_id, attempt)))
         return
     if isinstance(error, StorageAway):

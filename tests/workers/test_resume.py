@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
+import time
 from dataclasses import fields, replace
 from typing import Any
 
@@ -31,12 +33,13 @@ from tests.support import (
     tiny_spec,
 )
 from workers import artifacts, label_report, reporter, tasks
-from workers.reporter import MemoryReporter, Reporter, Stopped
+from workers.reporter import GivenUp, MemoryReporter, Reporter, Stopped
 from workers.training import resume
 from workers.training.data import tokenise
 from workers.training.distill import distill
 from workers.training.encoders import build_student
 from workers.training.run import HeldOut, Ledger, Pool, Run, begin
+from workers.training.step import interruptible
 
 ROWS = 40
 TRAINING = options.Training(epochs=2, batch_size=8, learning_rate=5e-3)
@@ -238,6 +241,67 @@ def test_the_random_state_that_dropout_draws_from_is_restored(storage: Storage) 
     assert trace(run, again)["weights"] != trace(undisturbed, report)["weights"]
 
 
+class Cut(MemoryReporter):
+    """Gives the work up at its n-th question within a step, counted from 1; None: never."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.at, self.asked = at, 0
+
+    def check_within_step(self) -> None:
+        self.asked += 1
+        if self.asked == self.at:
+            raise GivenUp
+
+
+def train_until_cut(method: options.Method, storage: Storage, name: str, at: int | None) -> tuple[Run, Cut]:
+    """As train(), saved after every step."""
+    run, pool, held_out = fresh(method)
+    resume.restore(run, storage, name)
+    report = Cut(at)
+    models = [run.student.model, *(companion.encoder.model for companion in run.companions.values())]
+    with contextlib.suppress(GivenUp), interruptible(report, models):
+        distill(
+            run, pool, held_out, TOPICS, method, TRAINING, report, save=lambda run: resume.save(run, storage, name),
+            save_every_seconds=0,
+        )  # fmt: skip
+    return run, report
+
+
+@pytest.mark.parametrize(
+    "method", [METHODS[0], METHODS[4], METHODS[5], TEACHER_FIRST[0]], ids=lambda method: method.kind
+)
+def test_a_run_given_up_within_a_step_goes_on_from_its_last_saved_state(
+    method: options.Method, storage: Storage
+) -> None:
+    undisturbed, report = train_until_cut(method, storage, f"job_cut-{method.kind}", None)
+    expected = trace(undisturbed, report)
+    # Next to each other, so that some are on the way forward and some on the way back.
+    for at in (*range(1, 9), *range(report.asked // 2, report.asked // 2 + 6)):
+        name = f"job_cut-{method.kind}-{at}"
+        _, first = train_until_cut(method, storage, name, at)
+        assert first.asked == at, "it ended there"
+        resumed, second = train_until_cut(method, storage, name, None)
+        got = trace(resumed, first, second)
+        for part in expected:
+            assert got[part] == expected[part], f"{part} differ after a cut at question {at}"
+
+
+def test_layers_ask_on_the_way_forward_and_back_and_no_longer_than_they_should() -> None:
+    run, pool, _ = fresh(METHODS[0])
+    report, model = Cut(None), run.student.model
+    with interruptible(report, [model]):
+        loss = model(**pool.tokens.batch(pool.rows[:2])).logits.sum()
+        assert report.asked == 1
+        loss.backward()
+        assert report.asked == 2
+        with torch.no_grad():
+            model(**pool.tokens.batch(pool.rows[:2]))
+        assert report.asked == 3
+    model(**pool.tokens.batch(pool.rows[:2])).logits.sum().backward()
+    assert report.asked == 3
+
+
 def test_nothing_is_restored_where_nothing_was_saved(storage: Storage) -> None:
     run, _, _ = fresh(METHODS[0])
     before = trace(run)
@@ -341,6 +405,35 @@ def test_a_job_paused_in_any_phase_and_resumed_ends_as_if_it_had_never_been(
         assert job_of(job_id).status == "succeeded", at
         assert outcome(job_id) == expected, at
         assert [event.data["step"] for event in events(job_id, "training.resumed")] == ([step] if step else []), at
+
+
+def test_a_pause_does_not_wait_for_the_end_of_a_long_step(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "resume_every_seconds", 1e-9)
+    monkeypatch.setattr(reporter, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(reporter, "HOLD_SECONDS", 0.3)
+    spec |= {"method": {"kind": "no_selection"}}
+    undisturbed, job_id = labeled(spec), labeled(spec)
+    tasks.train(undisturbed)
+    asked, ask = 0, Reporter.check_within_step
+
+    def in_a_slow_layer(self: Reporter) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:  # on the way forward in the second step
+            with session_scope() as session:
+                lifecycle.pause(session, session.get_one(Job, job_id))
+        if asked in (3, 4):
+            time.sleep(0.5)
+        ask(self)
+
+    monkeypatch.setattr(Reporter, "check_within_step", in_a_slow_layer)
+    tasks.train(job_id)
+    assert (job_of(job_id).status, asked) == ("paused", 4)
+    go_on(job_id)
+    assert [event.data["step"] for event in events(job_id, "training.resumed")] == [1]
+    assert outcome(job_id) == outcome(undisturbed)
 
 
 def test_the_saved_state_is_deleted_when_the_job_has_succeeded(

@@ -30,7 +30,7 @@ from app.config import settings
 from app.lifecycle import LeaseLost, WorkFailed
 from app.options import Method, Training
 from workers.failures import failure_of
-from workers.reporter import MemoryReporter, Report, Stopped
+from workers.reporter import GivenUp, MemoryReporter, Report, Stopped
 from workers.training.run import HeldOut, Pool, Run
 
 log = structlog.get_logger()
@@ -73,7 +73,7 @@ def together(
             report.event("training.processes", f"{processes} processes train together.", processes=processes)
             yield
             followers.wait()
-        except (Stopped, LeaseLost):
+        except (Stopped, GivenUp, LeaseLost):
             raise
         except Exception as error:
             reason = followers.why(error)

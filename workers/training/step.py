@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from app.lifecycle import WorkFailed
 from app.options import ByDistance, Method, TaughtTogether, Training
 from workers.algorithms.distillation import LOSSES
 from workers.algorithms.selection.rule import Selection
+from workers.reporter import Report
 from workers.training import shares
 from workers.training.data import Tokens, length_sorted_batches
 from workers.training.run import HeldOut, Measured, Pool, Run
@@ -198,6 +199,31 @@ def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, training: 
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def interruptible(report: Report, models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, every layer of the models asks the report whether to go on, on the way forward and back.
+
+    On a CPU, a step with a large batch takes longer than an owner should wait. Raises what `check_within_step` raises, anywhere in a step.
+    """
+
+    def ask(*_: Any) -> None:
+        report.check_within_step()
+
+    def ask_both_ways(layer: nn.Module, arguments: Any, output: Any) -> None:
+        report.check_within_step()
+        state = output[0] if isinstance(output, tuple) else output
+        if isinstance(state, Tensor) and state.requires_grad:
+            state.register_hook(ask)
+
+    blocks = (block for model in models for block in model.modules() if isinstance(block, nn.ModuleList))
+    handles = [layer.register_forward_hook(ask_both_ways) for block in blocks for layer in block]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
