@@ -9,7 +9,8 @@
     ├── TooLarge 413
     ├── UnsupportedMedia 415
     ├── RangeNotSatisfiable 416
-    ├── Unprocessable 422       DigestMismatch, InvalidRows, InvalidSpec, KeyReused
+    ├── Unprocessable 422       DigestMismatch, EmptyFile, InvalidRows, InvalidSpec, KeyReused, TooManyLabels,
+    │                           UnknownColumn, UnreadableFile
     ├── TooMany 429             RateLimited, StorageFull, TooManyJobs, TooManyUploads
     └── Unavailable 503         NoRoom, StorageAway, StorageRefuses
 
@@ -179,6 +180,30 @@ class InvalidSpec(Unprocessable):
     """The job cannot succeed as it is specified."""
 
     code = "invalid_spec"
+
+
+class UnreadableFile(Unprocessable):
+    """The file cannot be read in the format it was sent as."""
+
+    code = "unreadable_file"
+
+
+class UnknownColumn(Unprocessable):
+    """The file lacks a column that is needed."""
+
+    code = "unknown_column"
+
+
+class EmptyFile(Unprocessable):
+    """The file has no rows."""
+
+    code = "empty_file"
+
+
+class TooManyLabels(Unprocessable):
+    """The label column holds too many different values to be labels."""
+
+    code = "too_many_labels"
 
 
 class KeyReused(Unprocessable):

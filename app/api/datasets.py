@@ -49,6 +49,7 @@ from app.errors import (
 )
 from app.models import ApiKey, Dataset, new_id, now
 from app.options import Text
+from app.rows import MAX_COLUMN_NAME_CHARACTERS, Columns, Limits
 from app.storage import Storage
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
@@ -111,7 +112,7 @@ def key_with_room(request: Request, key: KeyDep) -> ApiKey:
     return key
 
 
-ColumnName = Annotated[Text | None, Query(max_length=records.MAX_COLUMN_NAME_CHARACTERS)]
+ColumnName = Annotated[Text | None, Query(max_length=MAX_COLUMN_NAME_CHARACTERS)]
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ class UploadOptions:
         records.OnError, Query(description="What one bad row does: refuse the file, or be left out.")
     ] = "reject"
 
-    def columns(self) -> records.Columns:
+    def columns(self) -> Columns:
         """The columns as the reader wants them."""
-        return records.Columns(
+        return Columns(
             self.text_column, self.text_pair_column, self.label_column, self.confidence_column, self.distribution_column
         )
 
@@ -203,7 +204,7 @@ def stored_rows(
     File first, row second: a file without a row is harmless, a row without its file is not. Rows that no dataset was
     added for are removed again. Raises InvalidRows and its kin.
     """
-    sizes = records.Limits(**{field.name: getattr(settings, field.name) for field in fields(records.Limits)})
+    sizes = Limits(**{field.name: getattr(settings, field.name) for field in fields(Limits)})
     rows = file.path.with_name("rows.parquet")
     columns, on_error = options.columns(), options.on_error
     ingest = records.ingest_apart if file.format == "parquet" else records.ingest

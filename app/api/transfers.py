@@ -47,6 +47,7 @@ from app.errors import (
     BadRequest,
     Conflict,
     DigestMismatch,
+    EmptyFile,
     IllegalMove,
     InvalidRows,
     NotFound,
@@ -57,9 +58,10 @@ from app.errors import (
     Unprocessable,
     UnsupportedMedia,
 )
+from app.formats import Format
 from app.models import Dataset, Upload, UploadPart, new_id, now
 from app.options import Options, Text
-from app.records import EmptyFile
+from app.rows import MAX_COLUMN_NAME_CHARACTERS
 from app.storage import COPY_BYTES, Storage
 
 router = APIRouter(prefix="/uploads", tags=["uploads"])
@@ -68,7 +70,7 @@ MAX_PARTS = 10_000
 DIGEST = re.compile(r"(?:^|[,\s])sha-256=:([A-Za-z0-9+/=]+):")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ColumnName = Annotated[Text, Field(max_length=records.MAX_COLUMN_NAME_CHARACTERS)] | None
+ColumnName = Annotated[Text, Field(max_length=MAX_COLUMN_NAME_CHARACTERS)] | None
 
 
 class UploadCreate(Options):
@@ -337,7 +339,7 @@ def _assembled(upload: Upload, parts: Sequence[UploadPart], storage: Storage, pa
                         whole.write(chunk)
     except FileNotFoundError:
         raise IllegalMove("The upload was cancelled, or a part replaced, while it was being completed.") from None
-    return ReceivedFile(path, cast(records.Format, upload.format), upload.name, upload.bytes, digest.hexdigest())
+    return ReceivedFile(path, cast(Format, upload.format), upload.name, upload.bytes, digest.hexdigest())
 
 
 @router.post("/{upload_id}/cancel", response_model=UploadRead, responses=problems(Unauthorized, NotFound, IllegalMove))

@@ -12,8 +12,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
-from app.errors import BadRequest, TooLarge, Unprocessable, UnsupportedMedia
-from app.records import EmptyFile, Format
+from app.errors import BadRequest, EmptyFile, TooLarge, Unprocessable, UnsupportedMedia
+from app.formats import Format
 
 CONTENT_TYPES: dict[str, Format] = {
     "application/x-ndjson": "jsonl",

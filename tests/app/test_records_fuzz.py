@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.errors import Problem
-from app.records import Format, Ingested, Limits, ingest, read_rows
+from app.formats import Format
+from app.records import Ingested, ingest, read_rows
+from app.rows import Limits
 
 LIMITS = Limits(max_decompressed_bytes=200_000, max_line_bytes=500, max_rows=50, max_columns=8, max_text_characters=100)
 FORMATS: list[Format] = ["jsonl", "csv", "tsv", "parquet"]
