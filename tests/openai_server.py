@@ -30,6 +30,8 @@ class World:
         self.requests: list[tuple[float, str, dict[str, Any]]] = []
         """When, path and body."""
         self.keys: list[str | None] = []
+        self.sampled: Counter[str | None] = Counter()
+        """How many answers were drawn about each text."""
         self.faults: dict[str, list[Any]] = {}
         """By a piece of the row's text, or "" for every request: what goes wrong, one entry a request."""
         self.down_after: str | None = None
@@ -133,7 +135,9 @@ def chat(world: World, body: dict[str, Any]) -> dict[str, Any]:
     chances = world.opinion(text, topics) if text is not None else {"yes": 0.9, "no": 0.1}
     best = greedy(chances)
     if body["temperature"] > 0:  # one after the other, so that the shares can be foretold
-        turn = sum(asked == text for asked in world.asked())
+        with world.lock:
+            turn = world.sampled[text]
+            world.sampled[text] += 1
         shares = [topic for topic, chance in chances.items() for _ in range(round(chance * 10))]
         best = shares[turn % len(shares)]
     if world.faults.get(f"wrong {text}"):
