@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, assume, settings
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 from sqlalchemy import Engine
 
+from app import measurements
 from app.main import create_app
 from tests.support import add_dataset, new_key, sentences, submit, tiny_spec
 
@@ -30,8 +31,9 @@ schema.config.phases.coverage.enabled = EXAMPLES > FEW_EXAMPLES
 
 
 @pytest.fixture
-def known(database: Engine) -> dict[str, str]:
+def known(database: Engine, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Path parameters that lead somewhere, and a key: without them almost every answer would be 404 or 401."""
+    monkeypatch.setattr(measurements, "PICKUP_SECONDS", 0.05)  # no worker is there to measure for a dry run
     dataset_id = add_dataset(sentences(12, 1))
     job_id = submit(tiny_spec(dataset_id))
     return {"key": new_key("alice", scope="admin"), "dataset_id": dataset_id, "job_id": job_id}
