@@ -69,6 +69,8 @@ UNLABELED = {
     "LLKD+LGTM": {"kind": "llkd_lgtm"},
 }
 """On emotion: labels by the embedding teacher; feedback rows are pseudo-labeled too, so true labels only choose the checkpoint."""
+UNLABELED_SIZES: dict[str, Any] = {"rows": 3000, "epochs": 2, "batch_size": 32, "learning_rate": 2e-4}
+"""Of emotion, instead of the options: of a few hundred rows LLKD would select a few dozen."""
 DRAWN = ("LGTM", "Meta Distill", "Online", "KD")
 """Methods whose validation loss is drawn."""
 DOCS = ROOT / "docs"
@@ -116,6 +118,11 @@ def methods_of(name: str) -> dict[str, tuple[dict[str, Any], int]]:
     return ALONE | taught | (VARIED if name == VARIED_ON else {})
 
 
+def sized(name: str, arguments: argparse.Namespace) -> argparse.Namespace:
+    """The options, as they are for this data set."""
+    return argparse.Namespace(**vars(arguments) | (UNLABELED_SIZES if name == "emotion" else {}))
+
+
 def wanted(arguments: argparse.Namespace) -> list[Run]:
     """One seed of everything first, so that a run that is stopped is of use."""
     return [
@@ -149,25 +156,26 @@ def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def submit_all(client: Client, missing: list[Run], arguments: argparse.Namespace) -> list[Run]:
     """Submit the missing runs; each with the id of its job."""
-    specs = {name: base_spec(client, name, arguments) for name in {run["data"]: None for run in missing}}
+    specs = {name: base_spec(client, name, sized(name, arguments)) for name in {run["data"]: None for run in missing}}
     runs = []
     for run in missing:
+        size = sized(run["data"], arguments)
         wish, layers = methods_of(run["data"])[run["method"]]
-        reads = {"max_length": arguments.max_length}
+        reads = {"max_length": size.max_length}
         if wish["kind"] not in ("no_selection", "llkd"):  # the others have an encoder teacher
-            wish = {**wish, "teacher": {**reads, "learning_rate": arguments.learning_rate}}
+            wish = {**wish, "teacher": {**reads, "learning_rate": size.learning_rate}}
         spec = {
             **specs[run["data"]],
             "method": wish,
             "student": {**reads, "num_layers": layers},
             "training": {
-                "epochs": arguments.epochs, "batch_size": arguments.batch_size, "seed": run["seed"],
-                "learning_rate": arguments.learning_rate,
+                "epochs": size.epochs, "batch_size": size.batch_size, "seed": run["seed"],
+                "learning_rate": size.learning_rate,
                 # The same rows give feedback and choose the checkpoint with every seed.
                 "split_seed": 0,
             },
         }  # fmt: skip
-        sizes = {name: str(getattr(arguments, name)) for name in ("rows", "validation_rows", "test_rows", "shots")}
+        sizes = {name: str(getattr(size, name)) for name in ("rows", "validation_rows", "test_rows", "shots")}
         tags = {STEM: run["data"], "method": run["method"], **sizes}
         runs.append({**run, "job": find_or_submit(client, spec, tags)})
     return runs
@@ -210,12 +218,13 @@ def tell_cost(arguments: argparse.Namespace) -> None:
     """Print the CPU-seconds that the runs would take, but for what a worker needs to start and to pack."""
     from benchmarks import lgtm_search
 
-    # The test rows are looked at once, by the student alone: a third of the layers that are asked after an epoch.
-    looks = arguments.validation_rows + arguments.test_rows // (3 * arguments.epochs)
     total = 0.0
     for name in arguments.data:
+        size = sized(name, arguments)
+        # The test rows are looked at once, by the student alone: a third of the layers that are asked after an epoch.
+        looks = size.validation_rows + size.test_rows // (3 * size.epochs)
         arms = {run["method"]: methods_of(name)[run["method"]] for run in wanted(arguments) if run["data"] == name}
-        total += lgtm_search.tell_cost(arms, [name], arguments, {name: looks})
+        total += lgtm_search.tell_cost(arms, [name], size, {name: looks})
     print(f"\nall data sets: {total:,.0f} CPU-seconds")
 
 
@@ -320,7 +329,10 @@ def emotion_part(runs: list[Run], options: dict[str, Any]) -> list[str]:
     return [
         "## From unlabeled rows: emotion",
         "",
-        f"Labels by the `embedding` teacher with {options['shots']} examples a class; then the encoder teacher of LGTM learns"
+        "The first {rows} train rows without their labels; epochs: {epochs}, batch {batch_size}, learning rate {learning_rate:g}.".format(
+            **UNLABELED_SIZES
+        )
+        + f" Labels by the `embedding` teacher with {options['shots']} examples a class; then the encoder teacher of LGTM learns"
         " from these labels beside the student. True labels choose the checkpoint and nothing else: the feedback rows of LGTM"
         " are a tenth of the pseudo-labeled ones. *Seen* is the share of rows x epochs that was trained on.",
         *table(["method", "accuracy", "macro-F1", "seen", "seconds"], rows),
