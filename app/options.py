@@ -356,7 +356,7 @@ class TaughtByEncoder(Options):
     """The model that is trained as the teacher."""
     temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
     """Softens teacher and student in `kl`, `ce` and `dist`."""
-    distillation_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
 
 
@@ -387,16 +387,12 @@ class Online(TaughtTogether):
     """Online distillation: teacher and student learn the labels and each other at the same time."""
 
     kind: Literal["online"]
-    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
 
 
 class DML(TaughtTogether):
     """Deep mutual learning: two peers learn the labels and each other, one after the other (1706.00384)."""
 
     kind: Literal["dml"]
-    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the distance to the peer in the student's loss; the rest is cross-entropy with the label."""
     teacher_distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The same in its peer's loss."""
     zero_heads: bool = False
@@ -452,8 +448,6 @@ class TeacherFirst(TaughtByEncoder):
 
     teacher_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Epochs of that fine-tuning; null: as many as `training.epochs`."""
-    distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
 
 
 class Softened(TeacherFirst):

@@ -36,6 +36,8 @@ from workers.training.splits import choose, near_groups
 
 ARMS: dict[str, dict[str, Any]] = {
     "prokt": {"kind": "prokt"},
+    "prokt, the authors' share": {"kind": "prokt", "distillation_share": 1.0},
+    "prokt, share 1, heads drawn": {"kind": "prokt", "distillation_share": 1.0, "zero_heads": False},
     "official, scale 1": {"kind": "lgtm"},
     "official, scale 100": {"kind": "lgtm", "influence_scale": 100},
     "official, scale 1000": {"kind": "lgtm", "influence_scale": 1000},
