@@ -80,8 +80,8 @@ def main() -> None:
     print(f"LLKD selected {ratio:.1%} of the rows\n")
     print("| one epoch | seconds | ratio to transformers.Trainer |")
     print("|---|---|---|")
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
+    for name, measured in times.items():
+        median = statistics.median(measured)
         print(f"| {name} | {median:.2f} | {median / base:.2f} |")
 
 

@@ -35,7 +35,7 @@ class Record:
 
     def __init__(self, path: Path, options: dict[str, Any]) -> None:
         self._path, self._options = path, options
-        known = json.loads(path.read_text()) if path.exists() else {"options": None}
+        known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"options": None}
         self.runs: list[Run] = known["runs"] if known["options"] == options else []
 
     def missing(self, wanted: Iterable[Run]) -> list[Run]:
