@@ -18,6 +18,7 @@ from app import migrate
 from app.config import settings
 from app.db import SessionLocal, engine
 from app.embedded import Embedded
+from app.logs import configure_logging
 from app.models import Base
 from app.queue import producer
 from app.storage import Storage
@@ -34,6 +35,7 @@ def pytest_configure() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Tests are small and the cores few; one thread is as fast, and gives the same numbers every time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    configure_logging()  # structlog by itself would print every local variable of a traceback, bodies of requests and all
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

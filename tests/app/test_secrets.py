@@ -10,14 +10,13 @@ import time
 
 import httpx
 import pytest
-import structlog
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from app.db import session_scope
 from app.embedded import free_port
-from app.logs import configure_logging, without_secrets
+from app.logs import without_secrets
 from app.main import create_app
 
 PASSWORD = "correct-horse-battery"
@@ -82,12 +81,10 @@ def test_a_mistake_of_ours_reaches_the_log_whole_and_the_client_not_at_all(
     def broken(*_: object) -> None:
         raise RuntimeError(f"the secret is {PASSWORD}")
 
-    configure_logging()
     monkeypatch.setattr("app.api.deps.keys.authenticate", broken)
     answer = TestClient(create_app()).get("/jobs", headers={"Authorization": "Bearer us_x", "x-request-id": "mine-7"})
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert PASSWORD not in answer.text
-    structlog.reset_defaults()
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     [line] = [line for line in lines if line["event"] == "unexpected_error"]
     assert line["request_id"] == "mine-7"
