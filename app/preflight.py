@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -26,6 +25,7 @@ from app.options import (
     Lbl2VecTeacher,
     LLMTeacher,
     TaughtByEncoder,
+    Teacher,
     TeacherAlone,
     Webhook,
     needs_confidence,
@@ -244,9 +244,7 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: Faults) -> list[Label]
                 "labels_missing",
                 f"name the classes: a teacher of kind {spec.teacher.kind!r} has to choose among them",
             )
-        _check_examples(spec, faults)
-        if isinstance(spec.teacher, Lbl2VecTeacher):
-            _check_names(spec.teacher.keywords, "/teacher/keywords", spec.labels, faults)
+        _check_names(spec.teacher, spec.labels, faults)
         if isinstance(spec.teacher, LLMTeacher):
             _check_verbalised(spec.teacher, spec.labels, faults)
         return spec.labels
@@ -286,29 +284,21 @@ def _labels(spec: JobSpec, train: Dataset | None, faults: Faults) -> list[Label]
     return chosen
 
 
-def _check_examples(spec: JobSpec, faults: Faults) -> None:
-    names = {label.name for label in spec.labels}
-    for position, example in enumerate(getattr(spec.teacher, "examples", []) if names else []):
-        if example.label not in names:
-            faults.note(
-                f"/teacher/examples/{position}/label",
-                "unknown_label",
-                f"{example.label!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`",
-            )
-
-
-def _check_names(named: Iterable[str], pointer: str, chosen: list[Label], faults: Faults) -> None:
+def _check_names(teacher: Teacher, chosen: list[Label], faults: Faults) -> None:
+    """Every label that the teacher's options name is one of the job's."""
+    examples: list[Example] = getattr(teacher, "examples", [])
+    named = [(f"/teacher/examples/{position}/label", example.label) for position, example in enumerate(examples)]
+    for option in ("keywords", "verbalised"):
+        named += [(f"/teacher/{option}", name) for name in getattr(teacher, option, {})]
     names = {label.name for label in chosen}
-    for name in sorted(set(named) - names if names else ()):
-        faults.note(
-            pointer, "unknown_label",
-            f"{name!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`",
-        )  # fmt: skip
+    for pointer, name in named if names else ():
+        if name not in names:
+            message = f"{name!r} is not among the job's labels ({_some(names)}); correct it, or add it to `labels`"
+            faults.note(pointer, "unknown_label", message)
 
 
 def _check_verbalised(teacher: LLMTeacher, chosen: list[Label], faults: Faults) -> None:
     """Every label is written in words of its own."""
-    _check_names(teacher.verbalised, "/teacher/verbalised", chosen, faults)
     seen: dict[str, str] = {}
     for position, label in enumerate(chosen):
         written = teacher.written(label.name)
