@@ -374,7 +374,7 @@ def test_the_student_learns_from_the_teacher_of_after_its_step() -> None:
     for group in of.teacher_optimizer.param_groups:
         group["lr"] = 0.05
     old = kl(logits(of.teacher, rows.teacher), before).mean().item()
-    told = learn_lgtm(of, rows, feedback(), lgtm(), TRAINING).loss
+    told = learn_lgtm(of, rows, feedback(), lgtm(distillation_share=1.0), TRAINING).loss
     new = kl(logits(of.teacher, rows.teacher), before).mean().item()
     assert told == pytest.approx(new, rel=1e-9)
     assert abs(new - old) > 1e-3
@@ -423,7 +423,7 @@ FREE = options.Training(learning_rate=0.1, max_grad_norm=1000.0)
 
 def test_a_step_of_prokt_by_hand() -> None:
     of = by_hand()
-    learn_prokt(of, ONE_ROW, options.ProKT(kind="prokt"), FREE)
+    learn_prokt(of, ONE_ROW, options.ProKT(kind="prokt", distillation_share=1.0), FREE)
     # Teacher: 0.4 (p_T - p_S) + 0.6 (p_T - 1) < 0, so AdamW's first step is + 0.2. Student: p_S - p_T > 0, so - 0.1.
     assert of.teacher.weight.item() == pytest.approx(-0.3 + 0.2, abs=1e-6)
     assert sigmoid(0.5) > sigmoid(-0.1)
@@ -462,7 +462,7 @@ def divergence(p: float, q: float) -> float:
 
 @pytest.mark.parametrize("mode", ["official", "weighted", "meta"])
 def test_a_step_of_lgtm_by_hand(mode: str) -> None:
-    of, method = by_hand(), lgtm(mode=mode, influence_scale=2.0)
+    of, method = by_hand(), lgtm(mode=mode, influence_scale=2.0, distillation_share=1.0)
     back = {"x": torch.tensor([2.0]).double()}, torch.tensor([1])
     p_s, p_t = sigmoid(0.5), sigmoid(-0.3)
     # The student's gradient p_S - p_T is positive: AdamW's first step takes the pilot to 0.4.
@@ -519,4 +519,5 @@ def test_a_step_in_parts_is_the_step_of_the_whole(mode: str) -> None:
     torch.testing.assert_close(told[3].measured.influence, told[1].measured.influence)
     for one, other in ((pairs[1].student, pairs[3].student), (pairs[1].teacher, pairs[3].teacher)):
         for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(theirs, mine, rtol=1e-9, atol=1e-12)
+            # Rounding moves what has a gradient of zero, such as the bias of the keys, by AdamW's step of it.
+            torch.testing.assert_close(theirs, mine, rtol=1e-9, atol=1e-10)
