@@ -16,7 +16,7 @@ from app import labels, waves
 from app.config import settings
 from app.measurements import SAMPLE_ROWS, Found
 from app.models import Job, JobPhase, LabelSet, LabelShard
-from app.options import TAKD, EndpointTeacher, LLMTeacher, TeacherAlone, TeacherFirst
+from app.options import TAKD, EndpointTeacher, LLMTeacher, TaughtByEncoder, TeacherAlone
 from app.preflight import Plan
 from app.storage import Storage
 
@@ -140,8 +140,8 @@ def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     # With waves, the most it can be: every wave's student is trained anew on all rows so far.
     for end in waves.ends(rows, wish):
         epochs = waves.stretched(plan.spec.training.epochs, end, rows, wish)
-        if isinstance(method, TeacherFirst):
-            epochs += (method.teacher_epochs or epochs) * (2 if isinstance(method, TAKD) else 1)
+        if isinstance(method, TaughtByEncoder):
+            epochs += method.epochs_alone(epochs) * (2 if isinstance(method, TAKD) else 1)
         offered += end * epochs
     return offered / rate, measured
 

@@ -359,6 +359,10 @@ class TaughtByEncoder(Options):
     distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
 
+    def epochs_alone(self, epochs: int) -> int:
+        """Epochs of the teacher before the student begins, in a training of so many."""
+        return 0
+
 
 class ByDistance(TaughtByEncoder):
     """What the methods take that can be told how to measure the distance between teacher and student."""
@@ -375,6 +379,12 @@ class TaughtTogether(ByDistance):
     """Share of the distance to the student in the teacher's loss; the rest is cross-entropy with the label."""
     zero_heads: bool = True
     """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
+    teacher_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Epochs in which the teacher is fine-tuned on the train rows before the student begins; 0: they begin together."""
+
+    def epochs_alone(self, epochs: int) -> int:
+        """Epochs of the teacher before the student begins."""
+        return self.teacher_epochs
 
 
 class ProKT(TaughtTogether):
@@ -448,6 +458,10 @@ class TeacherFirst(TaughtByEncoder):
 
     teacher_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Epochs of that fine-tuning; null: as many as `training.epochs`."""
+
+    def epochs_alone(self, epochs: int) -> int:
+        """Epochs of the teacher before the student begins, in a training of so many."""
+        return self.teacher_epochs or epochs
 
 
 class Softened(TeacherFirst):

@@ -58,6 +58,8 @@ VARIED: dict[str, tuple[dict[str, Any], int]] = {
     "LGTM, dist": ({**TAUGHT["LGTM"], "distillation_loss": "dist"}, STUDENT_LAYERS),
     "ProKT, the authors' share": ({**TAUGHT["ProKT"], "distillation_share": 1.0}, STUDENT_LAYERS),
     "LGTM, the authors' share": ({**TAUGHT["LGTM"], "distillation_share": 1.0}, STUDENT_LAYERS),
+    "ProKT, teacher first": ({**TAUGHT["ProKT"], "teacher_epochs": 3}, STUDENT_LAYERS),
+    "LGTM, teacher first": ({**TAUGHT["LGTM"], "teacher_epochs": 3}, STUDENT_LAYERS),
     "KD, 2 layers": (TAUGHT["KD"], 2),
     "Meta Distill, 2 layers": (TAUGHT["Meta Distill"], 2),
     "LGTM, 2 layers": (TAUGHT["LGTM"], 2),

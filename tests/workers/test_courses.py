@@ -92,6 +92,17 @@ def test_a_course_is_plain_training_and_its_best_epoch_teaches() -> None:
     assert [same(state, after[best]) for state in seen] == [True, True]
 
 
+@pytest.mark.parametrize("kind", ["prokt", "lgtm", "online", "dml"])
+def test_a_teacher_that_goes_on_learning_may_take_the_course_of_one_that_does_not(kind: str) -> None:
+    course = "fine_tuning_loss/teacher"
+    _, report, seen = trained(method(kind, zero_heads=False, teacher={"learning_rate": 5e-4}))
+    _, of_kd, rested = trained(method("kd", teacher={"learning_rate": 5e-4}))
+    assert values(report, course) == values(of_kd, course) != []
+    assert not same(seen[0], rested[0])
+    _, together, _ = trained(method(kind, teacher_epochs=0))
+    assert values(together, course) == []
+
+
 @pytest.mark.parametrize(("anchors", "shown"), [(3, [1, 2]), (1, [2, 2]), (2, [1, 2])])
 def test_the_student_is_shown_the_teacher_along_its_way(anchors: int, shown: list[int]) -> None:
     """By the epoch of the course, from 0, after which each of the student's two epochs finds the teacher."""

@@ -69,6 +69,7 @@ TEACHER_FIRST: list[options.Method] = [
         "rco": {"anchors": 2, "teacher_epochs": 2},
         "pesf_kd": {},
         "meta_distill": {},
+        "lgtm": {},
     }.items()
 ]
 TEACHER = WISH.model_copy(update={"num_layers": 2})

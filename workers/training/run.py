@@ -291,8 +291,7 @@ def begin(
     if teacher is not None:
         assert isinstance(method, TaughtByEncoder)
         own_rate = method.teacher.learning_rate or OTHER_LEARNING_RATE
-        if isinstance(method, TeacherFirst):
-            epochs = method.teacher_epochs or training.epochs
+        if epochs := method.epochs_alone(training.epochs):
             for part, encoder in {"teacher": teacher, "assistant": assistant}.items():
                 if encoder is not None:
                     courses[part] = Course(make_optimizer(encoder, own_rate, training), own_rate, epochs)
