@@ -355,7 +355,7 @@ class TaughtByEncoder(Options):
     teacher: EncoderTeacher = EncoderTeacher()
     """The model that is trained as the teacher."""
     temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
-    """Softens teacher and student in `kl`, `ce` and `dist`."""
+    """Softens teacher and student."""
     distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the distillation loss in the student's loss; the rest is cross-entropy with the label."""
 
@@ -370,6 +370,8 @@ class ByDistance(TaughtByEncoder):
     distillation_loss: Literal["kl", "ce", "mse", "dist"] = "kl"
     """How far the student is from the teacher: KL or cross-entropy of the softened distributions, squared difference of
     the logits, or DIST's correlations (arXiv:2205.10536)."""
+    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
+    """Softens teacher and student in `kl`, `ce` and `dist`."""
 
 
 class TaughtTogether(ByDistance):
@@ -404,7 +406,7 @@ class DML(TaughtTogether):
 
     kind: Literal["dml"]
     teacher_distillation_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """The same in its peer's loss."""
+    """Share of the distance to the student in its peer's loss; the rest is cross-entropy with the label."""
     zero_heads: bool = False
     """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
 
@@ -467,18 +469,21 @@ class TeacherFirst(TaughtByEncoder):
 class Softened(TeacherFirst):
     """What the methods add whose loss compares softened distributions."""
 
-    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
-    """Softens teacher and student."""
     temperature_squared: bool = True
     """Multiply the distillation loss by the square of `temperature`, so that its gradient keeps its size."""
 
 
-class KD(Softened, ByDistance):
+class SoftenedByDistance(Softened, ByDistance):
+    """The same, where the distance can be chosen."""
+
+    temperature_squared: bool = True
+    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
+
+
+class KD(SoftenedByDistance):
     """Knowledge distillation: a teacher that has learned the labels teaches the student (1503.02531)."""
 
     kind: Literal["kd"]
-    temperature_squared: bool = True
-    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
 
 
 class SKD(Softened):
@@ -497,8 +502,6 @@ class DIST(TeacherFirst):
     """Of 1 - correlation over the classes, mean over the rows."""
     class_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Of 1 - correlation over the rows of a batch, mean over the classes."""
-    temperature: Annotated[float, Field(gt=0, le=50)] = 1.0
-    """Softens teacher and student."""
 
 
 class PKD(Softened):
@@ -511,28 +514,24 @@ class PKD(Softened):
     """Of the distance between the layers, beside the rest of the loss."""
 
 
-class TAKD(Softened, ByDistance):
+class TAKD(SoftenedByDistance):
     """An assistant of medium depth learns from the teacher, and the student from the assistant (1902.03393)."""
 
     kind: Literal["takd"]
     assistant_layers: Annotated[int, Field(ge=1, le=100)] | None = None
     """Layers of the assistant, which else is the teacher's model; null: halfway between teacher and student, rounded up."""
-    temperature_squared: bool = True
-    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
 
     def layers_between(self, teacher: int, student: int) -> int:
         """The assistant's layers, with a teacher and a student of so many."""
         return self.assistant_layers or -(-(teacher + student) // 2)
 
 
-class RCO(Softened, ByDistance):
+class RCO(SoftenedByDistance):
     """Route-constrained optimisation: the student follows the teacher along its way, from anchor to anchor (1904.09149)."""
 
     kind: Literal["rco"]
     anchors: Annotated[int, Field(ge=1, le=100)] = 3
     """How many states of the teacher the student learns from in turn; the last is the one it ends with."""
-    temperature_squared: bool = True
-    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
 
 
 class PESFKD(Softened):
@@ -545,12 +544,10 @@ class PESFKD(Softened):
     """Peak of the adapter's AdamW schedule; null takes the student's."""
 
 
-class MetaDistill(Softened, ByDistance, FeedsBack):
+class MetaDistill(SoftenedByDistance, FeedsBack):
     """Learning to teach: the teacher steps so that the student's step helps on feedback rows (2106.04570)."""
 
     kind: Literal["meta_distill"]
-    temperature_squared: bool = True
-    """Multiply `kl` and `ce` by the square of `temperature`, so that their gradient keeps its size."""
     meta_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
     """Peak of the teacher's AdamW schedule while it teaches."""
     pilot_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None

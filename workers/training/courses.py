@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from app.options import OTHER_LEARNING_RATE, Method, Training
+from app.options import OTHER_LEARNING_RATE, TAKD, Method, Training
 from workers.reporter import Report
 from workers.training import shares
 from workers.training.evaluation import agreement, predict_together
@@ -37,7 +37,7 @@ def take_courses(
     The companion ends with the weights of the epoch that had the highest macro-F1 on `held_out` (then accuracy). Series, by
     the course's own steps, of `teacher` and `assistant`: fine_tuning_loss/<part>; by its epochs: fine_tuning_accuracy/<part>
     and fine_tuning_macro_f1/<part>.
-    """  # fmt: skip
+    """
     rows_before = 0
     for part, course in run.courses.items():
         _take(run, part, course, pool, held_out, method, training, report, save_in_time, rows_before)
@@ -69,10 +69,11 @@ def _take(
                 labels = pool.teacher[rows].argmax(dim=1).to(logits.device)
                 loss = functional.cross_entropy(logits, labels)
                 if course.taught_by is not None:
+                    assert isinstance(method, TAKD)
                     teacher = run.companions[course.taught_by].encoder.model
                     with evaluating(teacher):
                         said = logits_by_length(teacher, tokens, rows, training)
-                    share = method.distillation_share  # type: ignore[union-attr]
+                    share = method.distillation_share
                     loss = share * distilled(said, logits, method).mean() + (1 - share) * loss
                 backward_and_step(model, course.optimizer, loss, training)
                 course.loss += loss.item()

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.options import DIST, PKD, RCO, SKD, ByDistance, Method, Softened, TeacherFirst, Training
+from app.options import DIST, PKD, RCO, SKD, Method, Softened, SoftenedByDistance, TeacherFirst, Training
 from workers.algorithms import distillation
 from workers.training.run import Pool, Run
 from workers.training.step import (
@@ -57,10 +56,9 @@ def anchor_of(epoch: int, epochs: int, anchors: int) -> int:
     return math.ceil((epoch + 1) * anchors / epochs) - 1
 
 
-def distilled(teacher: Tensor, student: Tensor, method: Any) -> Tensor:
+def distilled(teacher: Tensor, student: Tensor, method: TeacherFirst) -> Tensor:
     """(B,) distance of the student's logits to the teacher's by `distillation_loss`; for `kl` and `ce` times τ² if asked."""
-    assert isinstance(method, Softened)
-    assert isinstance(method, ByDistance)
+    assert isinstance(method, SoftenedByDistance)
     distances = distillation.LOSSES[method.distillation_loss](teacher, student, method.temperature)
     return factor(method) * distances if method.distillation_loss in ("kl", "ce") else distances
 
