@@ -159,6 +159,8 @@ def test_the_embedding_teacher_teaches_the_bundled_student(client: TestClient, t
     assert job["evaluation"]["test"]["student"]["accuracy"] > 0.6
     assert job["evaluation"]["test"]["teacher"]["rows"] == 18, "the teacher's own accuracy stands beside the student's"
     assert {entry["source"] for entry in ledger_of(job)} == {"teacher"}
+    passed_on = "".join((folder / name).read_text() for name in ("README.md", "metrics.json"))
+    assert not [row["text"] for row in sentences(9, 4) if row["text"] in passed_on], "examples may be private"
 
 
 def test_text_pairs_go_all_the_way_through(client: TestClient, tmp_path: Path) -> None:

@@ -176,8 +176,7 @@ def publish_checkpoint(
             "checkpoint_id": checkpoint_id, "job_id": job.id, "step": step, "epoch": epoch, "metrics": metrics,
             "evaluation": evaluation, "selection": selection, "teacher": teacher, "label_report": label_report,
             "waves": waves,
-            # Checkpoints are passed on; a webhook's URL may be known to its owner alone.
-            "spec": {name: value for name, value in job.spec.items() if name != "webhook"},
+            "spec": _fit_to_pass_on(job.spec),
             "dataset": {"id": dataset.id, "sha256": dataset.sha256, "rows": dataset.rows},
         }  # fmt: skip
         (folder / "metrics.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -196,6 +195,14 @@ def publish_checkpoint(
         check()
         files.put(checkpoint.key, packed)
     return checkpoint
+
+
+def _fit_to_pass_on(spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec as it may be passed on with a checkpoint: no webhook's URL, and the teacher's examples counted, not told."""
+    told = {name: value for name, value in spec.items() if name != "webhook"}
+    if examples := spec["teacher"].get("examples"):
+        told["teacher"] = {**spec["teacher"], "examples": f"{len(examples)} examples"}
+    return told
 
 
 def _calibration(found: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def model_card(facts: dict[str, Any], source: Source) -> str:
         "The job's spec:",
         "",
         "```json",
-        json.dumps(_without_examples(spec), indent=2, ensure_ascii=True).replace("```", "\\u0060\\u0060\\u0060"),
+        json.dumps(spec, indent=2, ensure_ascii=True).replace("```", "\\u0060\\u0060\\u0060"),
         "```",
         "",
     ]
@@ -182,14 +182,6 @@ def _labels(report: dict[str, Any] | None) -> list[str]:
         )
     pairs = report["near_duplicates_with_different_labels"]
     return ["## The labels", "", *lines, f"- {pairs:,} pairs of near-duplicates have different labels", ""]
-
-
-def _without_examples(spec: dict[str, Any]) -> dict[str, Any]:
-    """The spec with the teacher's examples counted instead of listed: they may be long, and private."""
-    examples = spec["teacher"].get("examples")
-    if not examples:
-        return spec
-    return {**spec, "teacher": {**spec["teacher"], "examples": f"{len(examples)} examples"}}
 
 
 def _plain(text: str) -> str:
