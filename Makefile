@@ -41,7 +41,7 @@ soak: .venv/installed   ## jobs under 50 kills, lost parts and a cut network, th
 fuzz: .venv/installed   ## every operation of the API with 100 requests each, good and bad
 	FUZZ_EXAMPLES=100 $(BIN)/python -m pytest tests/app/test_fuzz.py tests/app/test_records_fuzz.py tests/app/test_life_cycle_machine.py --timeout 3600
 
-bench: .venv/installed   ## every benchmark: ratios of two things run in turn
+bench: .venv/installed   ## the benchmarks that end within minutes: ratios of two things run in turn
 	$(BIN)/python -m benchmarks.run
 
 clean:           ## remove the environment and the caches

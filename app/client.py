@@ -91,8 +91,8 @@ class Client:
 
         A large file goes in parts: what was sent before a cut is not sent again, also when another client, or this
         program started anew, uploads the same file. `options` are the query of POST /datasets: name, text_column,
-        text_pair_column, label_column, on_error. Raises ValueError for another kind of file, ApiError when the server
-        refuses it.
+        text_pair_column, label_column, confidence_column, distribution_column, on_error. Raises ValueError for another
+        kind of file, ApiError when the server refuses it.
         """
         name = path.name.lower()
         gzipped = name.endswith(".gz")

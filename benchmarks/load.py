@@ -2,11 +2,11 @@
 
     python -m benchmarks.load [--pollers 200] [--streams 20] [--jobs 20] [--seconds 10]
 
-starts the whole service, lets a job train while others wait, and asks, in turns, `GET /jobs/{id}` of the API, each client for
-one of the jobs, and `GET /` of a FastAPI
-application that answers a constant of the same size, each one process of uvicorn. Medians over the rounds; the ratio is
-what an answer costs beside the framework. Rates and waits are those of a machine that PostgreSQL, the job and the clients share;
-the processor's time is the server process's alone. Exit status 1 on any 5xx, broken stream or lost answer.
+starts the whole service, lets a job train while others wait, and asks, in turns, `GET /jobs/{id}` of the API, each client
+for one of the jobs, and `GET /` of a FastAPI application that answers a constant of the same size, each one process of
+uvicorn. Medians over the rounds; the ratio is what an answer costs beside the framework. Rates and waits are those of a
+machine that PostgreSQL, the job and the clients share; the processor's time is the server process's alone. Exit status 1
+on any 5xx, broken stream or lost answer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every benchmark that ends within minutes, one after the other: what `make bench` calls.
+"""The benchmarks that need nothing but minutes, one after the other: what `make bench` calls.
 
-benchmarks/results.py, lgtm_results.py, lgtm_search.py and cold_start.py take hours or tens of minutes and are called by themselves.
+The others take longer, or a service or data of their own, and are called by themselves; each says how.
 """
 
 from __future__ import annotations
