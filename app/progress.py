@@ -156,12 +156,13 @@ def training_note(job: dict[str, Any]) -> str:
 def scores_table(job: dict[str, Any]) -> Table | None:
     """Teacher and student on the test set, or else the validation set; None for a job without scores."""
     evaluation = job["evaluation"] or {}
-    split = next((name for name in ("test", "validation") if evaluation.get(name)), None)
-    if split is None:
+    sets = [(split, evaluation[split]) for split in ("test", "validation") if evaluation.get(split)]
+    scored = [(split, scores) for split, scores in sets if scores["student"] or scores["teacher"]]
+    if not scored:
         return None
-    scores = evaluation[split]
+    split, scores = scored[0]
     what = f"{split} set" if scores["source"] == "dataset" else "pseudo-labeled rows held back"
-    title = f"{what}, {scores['student']['rows']} rows, in per cent"
+    title = f"{what}, {(scores['student'] or scores['teacher'])['rows']} rows, in per cent"
     table = Table(title=title, title_justify="left", caption_justify="left")
     for heading in ("", "accuracy", "macro-F1", "95 % interval of macro-F1"):
         table.add_column(heading, justify="right" if heading else "left")
