@@ -178,7 +178,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_if_it_had_never_been(method: opt
 def test_a_run_whose_teacher_learns_first_is_stopped_in_every_stage_and_ends_the_same(
     method: options.Method, storage: Storage
 ) -> None:
-    undisturbed, report = train(method, storage, f"job_{method.kind}-undisturbed")
+    undisturbed, report = train(method, storage, f"job_first-{method.kind}-undisturbed")
     expected = trace(undisturbed, report)
     assert not report.events or report.events[-1][0] != "stopped"
     courses = len(undisturbed.courses)
@@ -186,7 +186,7 @@ def test_a_run_whose_teacher_learns_first_is_stopped_in_every_stage_and_ends_the
     # In a step of a course, while it is scored, right after it, in a step of the student's second epoch.
     last = report.asked
     for stop_at in (4, ROWS // 8 + 1, ROWS // 8 + 3, last - CHECKS // 2 + 2):
-        name = f"job_{method.kind}-{stop_at}"
+        name = f"job_first-{method.kind}-{stop_at}"
         _, first = train(method, storage, name, stop_at)
         assert first.events[-1][0] == "stopped"
         resumed, second = train(method, storage, name)
@@ -215,7 +215,7 @@ def test_what_was_learned_first_changes_only_where_the_method_says_so(storage: S
             assert all(name.startswith("adapter.") for name in changed)
         else:
             # rco goes from anchor to anchor
-            assert bool(changed) == (method.kind in ("meta_distill", "rco")), method.kind
+            assert bool(changed) == (method.kind in ("meta_distill", "rco", "lgtm")), method.kind
 
 
 def test_a_run_that_is_stopped_at_every_step_ends_as_if_it_had_never_been(storage: Storage) -> None:
