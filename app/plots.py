@@ -5,6 +5,7 @@ The server draws nothing: its image needs no matplotlib, and the dashboard has c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -17,12 +18,15 @@ Metrics = dict[str, dict[str, Points]]
 """By job id, then by series."""
 
 SERIES = {
-    "ratio": ("selected_ratio", "share of the rows selected", "step"),
-    "influence_mean": ("influence", "mean distillation influence", "step"),
-    "validation_loss": ("validation_loss", "loss on the validation rows", "epoch"),
-    "validation_macro_f1": ("validation_macro_f1", "macro-F1 on the validation rows", "epoch"),
+    "ratio": ("selected_ratio", "rows selected, %", "step", 100),
+    "influence_mean": ("influence", "mean distillation influence", "step", 1),
+    "validation_loss": ("validation_loss", "loss on the validation rows", "epoch", 1),
+    "validation_macro_f1": ("validation_macro_f1", "macro-F1 on the validation rows, %", "epoch", 100),
 }
-"""Series -> the file's name, what it shows, and what it is drawn against. Drawn where at least one arm has the series."""
+"""Series -> the file's name, what it shows, what it is drawn against, and a factor. Drawn where at least one arm has it."""
+MARKERS, DASHES = "osD^vP*X", ["-", "--", "-.", ":"]
+"""Beside ten colours, so that a print without them can be read and curves that coincide are both seen."""
+LEGEND_COLUMNS = 3
 SMOOTHED = 40
 """Step series are drawn as means of as many groups of points."""
 
@@ -40,11 +44,16 @@ def draw(told: Told, metrics: Metrics, folder: Path) -> list[Path]:
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
     files = list(_save(folder / "score_by_share", partial(_score_by_share, told=told)))
-    for series, (name, title, against) in SERIES.items():
-        lines = {arm["name"]: _mean_line(arm, metrics, series, against) for arm in told["arms"]}
+    for series, (name, title, against, factor) in SERIES.items():
+        lines = {arm["name"]: _mean_line(arm, metrics, series, against, factor) for arm in told["arms"]}
         if any(lines.values()):
             files += _save(folder / name, partial(_lines, lines=lines, title=title, against=against))
     return files
+
+
+def _style(number: int) -> dict[str, Any]:
+    """What an arm is drawn with, in every plot."""
+    return {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)]}
 
 
 def _save(stem: Path, paint: Callable[[Any], None]) -> Iterator[Path]:
@@ -53,6 +62,9 @@ def _save(stem: Path, paint: Callable[[Any], None]) -> Iterator[Path]:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     paint(axes)
+    shown = axes.get_legend_handles_labels()
+    figure.set_figheight(4.2 + 0.2 * math.ceil(len(shown[0]) / LEGEND_COLUMNS))
+    figure.legend(*shown, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     for suffix in (".svg", ".png"):
@@ -69,28 +81,31 @@ def _score_by_share(axes: Any, told: Told) -> None:
         if arm["macro_f1"]["mean"] is None:
             continue
         if arm["share"] is None:
-            axes.axhline(100 * arm["macro_f1"]["mean"], color=f"C{number}", linestyle=":", label=arm["name"])
+            score = 100 * arm["macro_f1"]["mean"]
+            axes.axhline(score, color=f"C{number % 10}", linestyle=DASHES[1 + number % 3], label=arm["name"])
         else:
             axes.errorbar(
-                100 * arm["share"], 100 * arm["macro_f1"]["mean"], yerr=100 * (arm["macro_f1"]["sd"] or 0), fmt="o",
-                capsize=3, label=arm["name"], color=f"C{number}",
+                100 * arm["share"], 100 * arm["macro_f1"]["mean"], yerr=100 * (arm["macro_f1"]["sd"] or 0), linestyle="",
+                capsize=3, label=arm["name"], alpha=0.8, **_style(number),
             )  # fmt: skip
     if teacher := told["teacher"]:
-        axes.axhline(100 * teacher["macro_f1"], color="grey", linestyle="--", label="Teacher")
+        axes.axhline(100 * teacher["macro_f1"], color="black", linewidth=1, label="Teacher")
     axes.set(xlabel="rows trained on, % of the rows seen", ylabel="macro-F1 on the test rows, %")
-    axes.legend()
 
 
 def _lines(axes: Any, lines: dict[str, list[tuple[float, float]]], title: str, against: str) -> None:
-    for name, points in lines.items():
+    from matplotlib.ticker import MaxNLocator
+
+    for number, (name, points) in enumerate(lines.items()):
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, marker="o" if against == "epoch" else None)
+            style = _style(number) | {"linestyle": DASHES[number % len(DASHES)], "markersize": 5}
+            axes.plot(*zip(*points, strict=True), label=name, markevery=max(1, len(points) // 10), **style)
     axes.set(xlabel=against, ylabel=title)
-    axes.legend()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _mean_line(arm: Told, metrics: Metrics, series: str, against: str) -> list[tuple[float, float]]:
-    """The mean over the arm's seeds at each place that all of them have."""
+def _mean_line(arm: Told, metrics: Metrics, series: str, against: str, factor: float) -> list[tuple[float, float]]:
+    """`factor` times the mean over the arm's seeds at each place that all of them have."""
     runs = [
         {point[against]: point["value"] for point in metrics.get(run["job_id"], {}).get(series, [])}
         for run in arm["runs"]
@@ -100,7 +115,7 @@ def _mean_line(arm: Told, metrics: Metrics, series: str, against: str) -> list[t
         return []
     places = sorted(set.intersection(*(set(run) for run in runs)))
     means = [
-        (place, sum(run[place] for run in runs) / len(runs))
+        (place, factor * sum(run[place] for run in runs) / len(runs))
         for place in places
         if all(run[place] is not None for run in runs)
     ]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
+from app import plots
 from app.plots import draw
 from app.sweeps import expand
 
@@ -73,3 +76,32 @@ def test_plots_show_every_arm_that_has_the_series_and_nothing_is_drawn_without_o
         else:
             assert file.read_bytes().startswith(b"\x89PNG")
     assert b"a teacher alone" in (tmp_path / "plots" / "score_by_share.svg").read_bytes()
+
+
+def test_an_arm_looks_the_same_in_every_plot_and_no_two_look_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def keep(stem: Path, paint: Callable[[Any], None]) -> list[Path]:
+        drawn[stem.name] = Figure().add_subplot()
+        paint(drawn[stem.name])
+        return []
+
+    monkeypatch.setattr(plots, "_save", keep)
+    told = {"teacher": None, "arms": [arm(f"arm {number}", [str(number)], 0.8) for number in range(20)]}
+    metrics = {str(number): {"ratio": series([0.2, 0.4])} for number in range(20)}
+    metrics["7"]["influence_mean"] = metrics["7"]["validation_macro_f1"] = series([0.25, 0.5])
+    draw(told, metrics, tmp_path)
+
+    def look(plot: str) -> dict[str, tuple[str, str]]:
+        handles, names = drawn[plot].get_legend_handles_labels()
+        lines = [getattr(handle, "lines", [handle])[0] for handle in handles]  # an errorbar holds its line
+        return {name: (line.get_color(), line.get_marker()) for name, line in zip(names, lines, strict=True)}
+
+    looks = look("selected_ratio")
+    assert len(set(looks.values())) == 20
+    assert look("score_by_share") == looks
+    assert look("influence") == look("validation_macro_f1") == {"arm 7": looks["arm 7"]}
+    (line,) = drawn["validation_macro_f1"].get_lines()
+    assert list(line.get_ydata()) == [25, 50], "in per cent, as the axis says"
