@@ -139,25 +139,28 @@ def _labels_key(plan: Plan) -> tuple[Any, ...]:
 
 def dry_run(session: Session, storage: Storage, tenant: str, plans: Plans) -> dict[str, Any]:
     """As a job's, for all runs together: each set of labels is counted once."""
-    told: dict[tuple[Any, ...], dict[str, Any]] = {}
-    seconds = 0.0
+    sets: dict[tuple[Any, ...], dict[str, Any]] = {}
     for plan in plans.plans:
-        key = _labels_key(plan)
-        runs = len(plans.spec.seeds)
-        if key not in told:
-            told[key] = estimates.dry_run(session, plan, estimates.need(session, storage, tenant, plan))
-            seconds += told[key]["estimated_seconds"]
-            runs -= 1  # the first is part of that
-        seconds += runs * estimates.training_seconds(session, plan)[0]
+        if (key := _labels_key(plan)) not in sets:
+            sets[key] = estimates.dry_run(session, plan, estimates.need(session, storage, tenant, plan))
+    told = list(sets.values())
     counts = ("rows_to_label", "rows_cached", "teacher_tokens", "labeling_seconds")
-    measured = all(entry["estimate_basis"] == "measured" for entry in told.values())
-    first = told[_labels_key(plans.plans[0])]
+    sums = {name: sum(entry[name] for entry in told) for name in counts}
+    costs = [entry["cost"] for entry in told if entry["cost"] is not None]
+    trained = [estimates.training_seconds(session, plan) for plan in plans.plans]
+    training = len(plans.spec.seeds) * sum(seconds for seconds, _ in trained)
+    is_guess = {
+        "labeling_basis": any(entry["labeling_basis"] == "default_rate" for entry in told),
+        "training_basis": not all(is_known for _, is_known in trained),
+    }
     return {
-        **first,
-        **{name: sum(entry[name] for entry in told.values()) for name in counts},
-        "training_seconds": round(seconds - sum(entry["labeling_seconds"] for entry in told.values()), 1),
-        "estimated_seconds": round(seconds, 1),
-        "estimate_basis": "measured" if measured else "default_rates",
+        **told[0],
+        **sums,
+        "cost": sum(costs) if costs else None,
+        "training_seconds": round(training, 1),
+        "estimated_seconds": round(sums["labeling_seconds"] + training, 1),
+        **{name: "default_rate" if guess else "earlier_jobs" for name, guess in is_guess.items()},
+        "estimate_basis": "default_rates" if any(is_guess.values()) else "measured",
         "measurement_note": "Comparisons are not measured; ask for a dry run of one of their jobs.",
         "warnings": plans.warnings,
     }

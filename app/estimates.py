@@ -49,9 +49,7 @@ def need(session: Session, storage: Storage, tenant: str, plan: Plan) -> Need:
     free = plan.spec.teacher.kind == "dataset"
     for split in plan.splits_to_label:
         dataset = plan.datasets[split]
-        limit = dataset.rows
-        if split == "train" and plan.spec.budget.max_labeled_rows is not None:
-            limit = min(limit, plan.spec.budget.max_labeled_rows)
+        limit = _train_rows(plan) if split == "train" else dataset.rows
         seen = candidates = 0
         for batch in labels.texts_of(storage, dataset.key):
             batch = batch[: limit - seen]
@@ -72,6 +70,12 @@ def need(session: Session, storage: Storage, tenant: str, plan: Plan) -> Need:
             if seen >= limit:
                 break
     return found
+
+
+def _train_rows(plan: Plan) -> int:
+    """Rows that the teacher may be asked about, and the student trained on."""
+    rows, limit = plan.datasets["train"].rows, plan.spec.budget.max_labeled_rows
+    return rows if limit is None else min(rows, limit)
 
 
 def dry_run(session: Session, plan: Plan, need: Need) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     if isinstance(plan.spec.method, TeacherAlone):
         return 0.0, True
     rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
-    rows, wish, method = plan.datasets["train"].rows, plan.spec.labeling.waves, plan.spec.method
+    rows, wish, method = _train_rows(plan), plan.spec.labeling.waves, plan.spec.method
     offered = 0
     # With waves, the most it can be: every wave's student is trained anew on all rows so far.
     for end in waves.ends(rows, wish):
@@ -160,8 +164,11 @@ def _prompt_characters(plan: Plan) -> int:
     if not isinstance(teacher, LLMTeacher):
         return 0
     written = [f"- {label.name}: {label.description or ''}" for label in plan.labels]
-    shown = [f"Text: {example.text} {example.text_pair or ''} Label: {example.label}" for example in teacher.examples]
-    return len("\n".join([teacher.instruction or INSTRUCTION_LENGTH * " ", *written, *shown]))
+    candidates = [f"Text: {each.text} {each.text_pair or ''} Label: {each.label}\n" for each in teacher.examples]
+    shown = len("".join(candidates))
+    if teacher.few_shot is not None and candidates:
+        shown = shown * min(teacher.few_shot.count, len(candidates)) // len(candidates)
+    return len("\n".join([teacher.instruction or INSTRUCTION_LENGTH * " ", *written])) + shown
 
 
 def _label_rate(session: Session, fingerprint: str) -> tuple[float, str]:

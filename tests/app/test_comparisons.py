@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sqlalchemy import Engine, event, select
 
 from app import db, labels, lifecycle, predictions, shards, statistics, tables
-from app.config import settings
+from app.config import Endpoint, settings
 from app.db import session_scope
 from app.models import Job, LabelCache, LabelShard
 from app.storage import Storage
@@ -169,6 +169,28 @@ def test_a_dry_run_counts_shared_labels_once_and_stores_nothing(client: TestClie
     own = [ARMS[0], {**ARMS[1], "teacher": {"kind": "embedding", "template": "This is about {label}."}}]
     told = client.post("/comparisons?dry_run=true", json=body | {"arms": own})
     assert told.json()["rows_to_label"] == 90
+
+
+def test_a_dry_run_adds_up_what_several_endpoints_cost(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    prices = {"dear": 6.0, "cheap": 2.0, "own": None}
+    endpoints = {
+        name: Endpoint(base_url="http://127.0.0.1:9/v1", model=name, price_per_million_input_tokens=price)
+        for name, price in prices.items()
+    }
+    monkeypatch.setattr(settings(), "endpoints", endpoints)
+    teachers = {name: {"kind": "endpoint", "endpoint": name} for name in prices}
+
+    def cost(first: str, other: str) -> float | None:
+        arms = [ARMS[0], {**ARMS[1], "teacher": teachers[other]}]
+        body = wish(teacher=teachers[first], labels=LABELS, arms=arms)
+        told: dict[str, float | None] = client.post("/comparisons?dry_run=true", json=body).json()
+        return told["cost"]
+
+    of_dear = cost("dear", "own")
+    assert of_dear is not None
+    assert cost("own", "own") is None
+    assert cost("own", "dear") == of_dear
+    assert cost("cheap", "dear") == pytest.approx(of_dear * 4 / 3)
 
 
 def test_comparisons_are_listed_newest_first_and_belong_to_their_tenant(

@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from app import db, lifecycle, overview, queue
 from app.api import polls
-from app.config import settings
+from app.config import Endpoint, settings
 from app.db import session_scope
 from app.embedded import free_port
 from app.main import create_app
@@ -154,6 +154,29 @@ def test_a_dry_run_counts_what_the_cache_lacks_and_stores_nothing(client: TestCl
     assert warm["estimated_seconds"] < cold["estimated_seconds"]
     whole = client.post("/jobs?dry_run=true", json=spec | {"budget": {}}).json()
     assert (whole["rows_to_label"], whole["rows_cached"]) == (10, 29)
+
+
+def test_a_dry_run_counts_the_examples_that_a_prompt_shows_and_the_rows_that_a_budget_leaves(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "endpoints", {"tiny": Endpoint(base_url="http://127.0.0.1:9/v1", model="tiny")})
+    examples = [{"text": row["text"], "label": row["label"]} for row in sentences(60, 5)]
+    dataset = add_dataset(sentences(30, 1, labeled=False))
+
+    def told(shown: list[dict[str, str]], **changes: Any) -> dict[str, Any]:
+        teacher = {"kind": "endpoint", "endpoint": "tiny", "examples": shown, **changes.pop("teacher", {})}
+        spec = tiny_spec(dataset, teacher=teacher, labels=LABELS, method={"kind": "random"}, **changes)
+        answer: dict[str, Any] = client.post("/jobs?dry_run=true&measure=false", json=spec).json()
+        return answer
+
+    few = {"few_shot": {"count": 6}}
+    assert told(examples, teacher=few)["teacher_tokens"] == pytest.approx(
+        told(examples[:6])["teacher_tokens"], rel=0.05
+    )
+    assert told(examples[:3], teacher=few)["teacher_tokens"] == told(examples[:3])["teacher_tokens"]
+
+    half = told([], budget={"max_labeled_rows": 15})
+    assert half["training_seconds"] == pytest.approx(told([])["training_seconds"] / 2, abs=0.06)
 
 
 def test_a_dry_run_of_the_datasets_own_labels_costs_no_tokens(client: TestClient, dataset_id: str) -> None:
