@@ -261,7 +261,8 @@ def _row(name: str, jobs: Sequence[Job]) -> dict[str, Any]:
     for figure in ("accuracy", "macro_f1"):
         known = [run[figure] for run in done if run[figure] is not None]
         mean, deviation = statistics.spread(known) if known else (None, None)
-        row[figure] = {"mean": mean, "sd": deviation, "runs": len(known)}
+        is_drawn = jobs[0].method != ALONE  # no seed changes what a teacher says
+        row[figure] = {"mean": mean, "sd": deviation if is_drawn else None, "runs": len(known)}
     for figure in ("seen", "selected", "share", "seconds"):
         known = [run[figure] for run in done if run[figure] is not None]
         row[figure] = sum(known) / len(known) if known else None

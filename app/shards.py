@@ -346,7 +346,8 @@ def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
         job.phase, job.enqueued_at = "training", now()
         phase = session.get(JobPhase, (job.id, "labeling"), populate_existing=True)
         if phase is not None:
-            phase.started_at, phase.finished_at = phase.started_at or now(), now()
+            moment = now()  # a run that another has labeled for took no time, and has no pace
+            phase.started_at, phase.finished_at = phase.started_at or moment, moment
         emit(session, job.id, "labeling.finished", message)
         enqueue_on_commit(session, TRAIN, job.id)
 

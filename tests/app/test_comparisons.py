@@ -274,6 +274,14 @@ def test_no_row_is_labeled_twice_for_a_comparison(client: TestClient, database: 
     assert look(client, made)["labeling"]["tokens"] == sum(shard.tokens for shard in shards) > 0
 
 
+def test_a_run_that_finds_its_labels_made_tells_no_pace_of_labeling(client: TestClient) -> None:
+    first, *others = jobs_of(started(client))
+    label(first)
+    paces = [client.get(f"/jobs/{job_id}").json()["labeling"]["rows_per_second"] for job_id in (first, *others)]
+    assert paces[0] > 0
+    assert paces[1:] == [None] * 3
+
+
 @pytest.mark.parametrize("verb", ["cancel", "pause"])
 def test_an_arm_that_is_stopped_while_labeling_takes_no_labels_from_the_others(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, verb: str
@@ -506,6 +514,18 @@ def test_a_zero_shot_teacher_and_a_student_of_few_gold_labels_stand_in_the_same_
     assert (job["best_checkpoint_id"], job["selection"], job["progress"]) == (None, None, 1.0)
     assert sum(job["labeling"]["teacher"]["documents_of_each_label"]) >= 3
     assert {shard.split for shard in shards_of(job["id"])} == {"test"}, "train rows are looked through, not labeled"
+
+
+def test_a_teacher_alone_has_no_deviation_over_seeds_that_change_nothing(client: TestClient) -> None:
+    arms = [ARMS[0], {"name": "Teacher-ZS", "method": {"kind": "teacher_alone"}}]
+    made = started(client, teacher={"kind": "embedding"}, labels=LABELS, arms=arms)
+    scores = {"accuracy": 0.5, "accuracy_interval": [0, 1], "macro_f1": 0.5, "macro_f1_interval": [0, 1]}
+    with session_scope() as session:
+        for job in session.scalars(select(Job)):
+            job.status, job.evaluation = "succeeded", {"test": {"student": scores, "teacher": scores}}
+    student, teacher = look(client, made)["arms"]
+    assert student["macro_f1"] == {"mean": 0.5, "sd": 0.0, "runs": 2}
+    assert teacher["macro_f1"] == {"mean": 0.5, "sd": None, "runs": 2}
 
 
 @pytest.mark.parametrize(
