@@ -639,7 +639,7 @@ class Waves(Options):
     """Train rows of the first wave."""
     growth: Annotated[float, Field(ge=1, le=10)] = 2.0
     """Each wave has so many times the rows of the one before."""
-    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.02
+    min_gain: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Stop when a wave has raised validation macro-F1, from 0 to 1, by less than this: with 90 % certainty, as the
     validation rows show it."""
     max_stretch: Annotated[float, Field(ge=1, le=100)] = 10.0

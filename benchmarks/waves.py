@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "all at once": None,
     "waves by default": {},
     "`min_gain` 0.01": {"min_gain": 0.01},
-    "`min_gain` 0.03": {"min_gain": 0.03},
+    "`min_gain` 0.02": {"min_gain": 0.02},
     "`max_stretch` 1": {"max_stretch": 1},
 }
 """What a row of the table changes, beside the rows of the first wave."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2_contingency
+from sklearn.metrics import cohen_kappa_score
 
 from app.models import Job, LabelShard
 from app.statistics import paired_bootstrap
@@ -22,6 +23,8 @@ MENDED_BY_MORE_ROWS = {"teacher_constant", "nothing_to_train_on", "nothing_to_ch
 """Failures that say that a wave is too small to train on, as long as another follows."""
 DRIFT = 1e-4
 """Two waves are mixed differently when so large a difference between their labels had this probability by chance."""
+LEARNED = 0.1
+"""Cohen's kappa of a student's answers and the true classes below which it has learned nothing to be compared by."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def shown(
 def gain_since(
     job: Job, wave: Wave, files: Storage, answers: NDArray[np.int64], macro_f1: float, confirm: Callable[[], object]
 ) -> float | None:
-    """How far this wave's student may be above that of the last wave that has a score; None where there is none.
+    """How far this wave's student may be above that of the last wave that has a score; None where that cannot be told.
 
     answers: as `gain_at_most` takes them; they are left in the storage for the next wave. `confirm` as in Storage.put.
     """
@@ -99,11 +102,14 @@ def _key(job_id: str, wave: int) -> str:
     return f"{resume.folder(job_id)}/wave-{wave}.npy"
 
 
-def gain_at_most(before: NDArray[np.int64], after: NDArray[np.int64]) -> float:
+def gain_at_most(before: NDArray[np.int64], after: NDArray[np.int64]) -> float | None:
     """Upper end of the gain in macro-F1, with CERTAINTY, by a bootstrap that draws the same rows for both students.
 
-    before, after: (3, V) number, true class and answer of each validation row; the first two are the same.
+    before, after: (3, V) number, true class and answer of each validation row; the first two are the same. None where the
+    later student is at chance: one that has learned nothing, for want of steps say, tells nothing of what labels add.
     """
+    if not cohen_kappa_score(after[1], after[2]) >= LEARNED:  # NaN where all is one class
+        return None
     return paired_bootstrap(before[1], [before[2]], [after[2]], level=2 * CERTAINTY - 1)["macro_f1"][2]
 
 

@@ -20,7 +20,7 @@ from app.waves import ends, reason_to_stop, stretched
 from tests.faults.auditor import audit
 from tests.support import TOPICS, add_dataset, expire_leases, job_of, label, sentences, submit, tiny_spec
 from tests.test_the_whole_way import assert_the_numbers_agree, events, ledger_of, series, unpacked
-from workers import tasks
+from workers import tasks, waves
 from workers.reporter import Reporter
 from workers.waves import drifted, gain_at_most
 
@@ -75,7 +75,7 @@ def test_a_wave_that_shows_nothing_or_another_mixture_of_labels_stops_nothing() 
 def test_a_small_validation_set_needs_more_to_be_sure() -> None:
     luck = np.random.Generator(np.random.PCG64(0))
 
-    def bound(rows: int) -> float:
+    def bound(rows: int) -> float | None:
         """Of two students that are each wrong on another tenth of the rows, so that neither is better."""
         gold = luck.integers(0, 4, rows)
         answers = np.stack([gold, gold])
@@ -88,6 +88,15 @@ def test_a_small_validation_set_needs_more_to_be_sure() -> None:
     gold = np.arange(40) % 4
     same = np.stack([np.arange(40), gold, gold])
     assert gain_at_most(same, same) == 0
+
+
+def test_a_student_at_chance_tells_nothing_of_what_labels_add() -> None:
+    gold = np.arange(100) % 4
+    constant = np.stack([np.arange(100), gold, np.zeros(100, np.int64)])
+    learned = np.stack([np.arange(100), gold, np.where(gold > 0, gold, 1)])
+    assert gain_at_most(constant, constant) is None
+    assert gain_at_most(constant, learned) is not None
+    assert gain_at_most(learned, learned) == 0
 
 
 def test_labels_drift_when_a_file_is_sorted_and_not_by_chance() -> None:
@@ -125,6 +134,12 @@ STOPS_AT_TWO = in_waves(min_gain=1)
 NEVER_STOPS = in_waves(min_gain=0)
 
 
+@pytest.fixture
+def untaught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students of two dozen rows may stop the waves though they have learned nothing."""
+    monkeypatch.setattr(waves, "LEARNED", -1.0)
+
+
 def finished(job_id: str) -> Job:
     """The job, once workers have done everything that is to be done."""
     for _ in range(20):
@@ -153,6 +168,7 @@ def outcome(job_id: str) -> dict[str, Any]:
         }
 
 
+@pytest.mark.usefixtures("untaught")
 def test_a_job_that_stops_asking_ends_as_one_that_was_only_given_those_rows(
     client: TestClient, spec: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -193,6 +209,7 @@ def test_a_job_that_asks_to_the_end_ends_as_one_without_waves(spec: dict[str, An
     assert job.waves[-1]["stopped"] == "there are no more rows to ask about"
 
 
+@pytest.mark.usefixtures("untaught")
 def test_the_teacher_is_not_asked_about_a_wave_that_is_not_opened(client: TestClient, spec: dict[str, Any]) -> None:
     texts = sentences(ROWS, 1, labeled=False)
     wish = spec | {
@@ -224,6 +241,7 @@ def test_a_dry_run_tells_what_all_waves_take(client: TestClient, spec: dict[str,
     assert training_seconds(in_waves(max_stretch=1)) == pytest.approx(2 * once, rel=1e-2), "24 + 48 + 72 rows"
 
 
+@pytest.mark.usefixtures("untaught")
 def test_a_worker_lost_in_any_wave_changes_nothing_of_what_comes_out(
     spec: dict[str, Any], storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +277,7 @@ def test_a_worker_lost_in_any_wave_changes_nothing_of_what_comes_out(
     assert [finding for finding in found if "belongs to nothing" not in finding] == [], "files of other tests lie about"
 
 
+@pytest.mark.usefixtures("untaught")
 def test_a_job_paused_at_the_end_of_a_wave_asks_for_the_next_when_it_goes_on(
     spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
