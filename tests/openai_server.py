@@ -97,7 +97,7 @@ def next_pieces(chances: dict[str, float], written: list[str]) -> Counter[str]:
         if said[: len(written)] == written and len(said) > len(written):
             following[said[len(written)]] += chance  # type: ignore[assignment]
     total = sum(following.values())
-    return Counter({piece: chance / total for piece, chance in following.items()})  # type: ignore[misc]
+    return Counter({piece: chance / total for piece, chance in following.items()})
 
 
 def greedy(chances: dict[str, float]) -> str:
