@@ -21,11 +21,11 @@ from app import estimates, lifecycle, overview, predictions, preflight, statisti
 from app.config import Settings
 from app.errors import Fault, IllegalMove, InvalidSpec, field_faults
 from app.models import TERMINAL, Comparison, Job, LabelSet, new_id, now
-from app.options import Arm, ComparisonSpec, JobSpec
+from app.options import Arm, ComparisonSpec, FeedsBack, JobSpec
 from app.preflight import Faults, Plan
 from app.storage import Storage
 
-SHARED_BY_ALL = ("seed", "split_seed", "validation_share")
+SHARED_BY_ALL = ("seed", "split_seed", "validation_share", "near_duplicates")
 """Training options that decide what a run is scored on, or that `seeds` names."""
 MAX_RUNS = 256
 ALONE = "teacher_alone"
@@ -87,6 +87,11 @@ def _check_shared(spec: ComparisonSpec, faults: Faults) -> None:
 
 def _job_spec(spec: ComparisonSpec, arm: Arm) -> JobSpec:
     split_seed = spec.seeds[0] if spec.training.split_seed is None else spec.training.split_seed
+    feeds_back = any(isinstance(each.method, FeedsBack) for each in spec.arms)
+    splits = {
+        "split_seed": split_seed,
+        "near_duplicates": "apart" if feeds_back else spec.training.near_duplicates,
+    }
     shared = ("validation_dataset_id", "test_dataset_id", "metadata")
     whole = spec.model_dump(mode="json")
     return JobSpec.model_validate(
@@ -99,7 +104,7 @@ def _job_spec(spec: ComparisonSpec, arm: Arm) -> JobSpec:
             "teacher": (arm.teacher or spec.teacher).model_dump(mode="json"),
             "method": arm.method.model_dump(mode="json"),
             "student": {**whole["student"], **arm.student},
-            "training": {**whole["training"], **arm.training, "seed": spec.seeds[0], "split_seed": split_seed},
+            "training": {**whole["training"], **arm.training, "seed": spec.seeds[0], **splits},
             "name": f"{spec.name or 'comparison'}: {arm.name}, seed {spec.seeds[0]}"[:200],
         }
     )

@@ -618,6 +618,10 @@ class Training(Options):
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Chooses the rows that are held back; null takes `seed`. Jobs that differ in nothing but `seed` are then scored on
     the same rows, as those of a comparison are."""
+    near_duplicates: Literal["auto", "apart"] = "auto"
+    """`apart`: texts that say almost the same are kept on one side of every split, at about 1 ms a row. `auto`: so for
+    methods that take feedback rows; for the others, the very same texts are. A comparison with a method that takes
+    feedback rows keeps them apart for every arm."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -764,7 +768,7 @@ class Arm(Options):
     student: dict[str, Any] = {}
     """Fields of `student` that are different for this arm."""
     training: dict[str, Any] = {}
-    """Fields of `training` that are different for this arm; not `seed`, `split_seed` and `validation_share`."""
+    """Fields of `training` that are different for this arm; not `seed` and what decides the splits."""
     teacher: Teacher | None = None
     """Another teacher for this arm; null takes the comparison's. Its labels are its own."""
     dataset_id: DatasetId | None = None

@@ -280,18 +280,20 @@ def tell_calibration(job: Job, material: Material, report: Reporter) -> None:
 
 
 def split_rows(material: Material, report: Reporter) -> Splits:
-    """Who does what. A method that takes feedback from rows of its own keeps near-duplicates on one side of every split."""
+    """Who does what. Near-duplicates stay on one side of every split where that is asked for, or feedback is taken."""
     method, training = material.spec.method, material.spec.training
     seed = training.seed if training.split_seed is None else training.split_seed
     labeled = np.flatnonzero(np.asarray(material.answers["train"].column("distribution").is_valid()))
     validation = None
     if "validation" in material.datasets:
         validation = np.flatnonzero([name is not None for name in material.gold("validation")])
-    if not isinstance(method, FeedsBack):
+    if isinstance(method, FeedsBack) or training.near_duplicates == "apart":
+        texts = {split: material.joined(split) for split in material.datasets}
+        groups = near_groups(texts, progress=lambda done: report.check())
+    else:
         groups = exact_groups({split: material.hashes(split) for split in material.datasets})
+    if not isinstance(method, FeedsBack):
         return choose(groups, labeled, validation, seed=seed, validation_share=training.validation_share)
-    texts = {split: material.joined(split) for split in material.datasets}
-    groups = near_groups(texts, progress=lambda done: report.check())
     if method.feedback_from == "validation" and validation is not None:
         # A row of a class that the student cannot name could not tell it anything.
         validation = validation[_indices(material, "validation")[validation] < len(material.labels)]

@@ -95,7 +95,11 @@ def test_a_comparison_is_accepted_as_one_job_for_each_arm_and_seed_with_one_labe
 def test_every_arm_is_checked_and_every_fault_points_to_where_it_stands(client: TestClient) -> None:
     arms = [
         {"name": "a", "method": {"kind": "llkd"}, "student": {"model": "../secret"}},
-        {"name": "b", "method": {"kind": "random"}, "training": {"epochs": 0, "seed": 3, "validation_share": 0.2}},
+        {
+            "name": "b",
+            "method": {"kind": "random"},
+            "training": {"epochs": 0, "seed": 3, "validation_share": 0.2, "near_duplicates": "auto"},
+        },
         {"name": "c", "method": {"kind": "random"}, "student": {"depth": 3}},
         {"name": "d", "method": {"kind": "random"}, "dataset_id": "ds_0123456789abcdef"},
     ]
@@ -106,6 +110,7 @@ def test_every_arm_is_checked_and_every_fault_points_to_where_it_stands(client: 
     assert pointers == {
         "/arms/1/training/seed": "shared_by_all_arms",
         "/arms/1/training/validation_share": "shared_by_all_arms",
+        "/arms/1/training/near_duplicates": "shared_by_all_arms",
         "/arms/1/training/epochs": "greater_than_equal",
         "/arms/2/student/depth": "extra_forbidden",
     }
@@ -411,6 +416,33 @@ def test_the_table_agrees_with_the_jobs_with_their_answers_and_with_the_formats(
     assert values["LLKD"]["gpu_memory_bytes"] == ""
     assert r"No\_DS & " in client.get(path, params={"format": "latex"}).text
     assert client.get(path, params={"format": "html"}).status_code == 422
+
+
+def test_a_method_that_takes_feedback_shares_its_splits_with_those_that_take_none(client: TestClient) -> None:
+    """Also the near-duplicates, which methods without feedback rows leave where they are when by themselves."""
+    train, test = sentences(30, 1), sentences(15, 3)
+    train += [row | {"text": f"{row['text']}!"} for row in [*train[:10], *test[:3]]]
+    lgtm = {"kind": "lgtm", "teacher": tiny_spec("")["student"]}
+    data = {"dataset_id": add_dataset(train), "test_dataset_id": add_dataset(test)}
+    made = started(client, **data, arms=[ARMS[0], ARMS[1], {"name": "LGTM", "method": lgtm}], seeds=[0])
+    run_all(made)
+    told = look(client, made)
+    assert told["status"] == "succeeded", told["arms"]
+    reasons = []
+    for job_id in jobs_of(told):
+        rows = client.get(f"/jobs/{job_id}/samples?limit=100").json()["data"]
+        reasons.append([row["reason"] for row in rows])
+    kept = [
+        {what: {row for row, reason in enumerate(each) if reason == what} for what in ("held_back", "in_held_out_set")}
+        for each in reasons
+    ]
+    assert kept[0] == kept[1] == kept[2]
+    assert kept[0]["in_held_out_set"] == {40, 41, 42}
+    assert all((row in kept[0]["held_back"]) == (row + 30 in kept[0]["held_back"]) for row in range(10))
+    assert "feedback" in reasons[2]
+
+    without = started(client, **data, seeds=[0])
+    assert {job_of(job_id).spec["training"]["near_duplicates"] for job_id in jobs_of(without)} == {"auto"}
 
 
 def test_an_arm_that_fails_is_told_with_its_reason_and_spoils_no_other(client: TestClient) -> None:

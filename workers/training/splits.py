@@ -1,7 +1,7 @@
 """Who does what: which rows train, which give feedback, which choose the checkpoint. No text is in two of these sets.
 
-A text is known by its group. For most methods a group is the rows of one and the same text; the methods that take feedback
-from rows of their own put near-duplicates in one group too (near_duplicates.py). Whole groups are assigned, by the seed.
+A text is known by its group: the rows of one and the same text, or, where methods take feedback from rows of their own, of
+near-duplicates too (near_duplicates.py). Whole groups are assigned, by the seed.
 """
 
 from __future__ import annotations
