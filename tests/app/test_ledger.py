@@ -29,7 +29,7 @@ def entries(count: int) -> list[dict[str, Any]]:
                 "distribution": None if label is None else [0.25, 0.75], "source": None if label is None else "cache",
                 "offered": 3, "selected": selected, "decision": "selected" if selected else "rejected",
                 "reason": "selected", "teacher_threshold": float("nan"), "student_threshold": None,
-                "student_uncertainty": luck.choice([None, 0.5, 1.5]), "influence": None, "error": None,
+                "student_uncertainty": luck.choice([None, 0.5, 1.5]), "influence": luck.choice([None, -0.5, 0.25]), "error": None,
             }
         )  # fmt: skip
     return rows

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine, select
 
@@ -13,6 +14,7 @@ from app import main
 from app.db import session_scope
 from app.models import JobEvent, JobMetric
 from tests.support import add_dataset, new_key, run, sentences, submit, tiny_spec
+from workers.training.run import TREND_POINTS, Ledger, Measured
 
 TEACHER = {"model": "scratch", "num_layers": 2, "hidden_size": 32, "vocab_size": 300, "max_length": 24}
 
@@ -47,6 +49,9 @@ def test_a_job_keeps_the_influence_of_every_row_it_trained_on(database: Engine) 
     for name in ("teacher_loss", "feedback_loss", "influence_mean", "influence_p10", "influence_negative"):
         assert len(found[name]) == 8, name
         assert all(value is not None for value in found[name]), name
+    quantiles = list(zip(*(found[f"influence_p{share}"] for share in (10, 50, 90)), strict=True))
+    assert quantiles == [tuple(sorted(each)) for each in quantiles]
+    assert quantiles[-1][0] != quantiles[-1][2]
     assert len(found["encoder_teacher_macro_f1"]) == len(found["validation_loss"]) == 2
 
     client = TestClient(main.create_app(), headers={"Authorization": f"Bearer {new_key('alice')}"})
@@ -68,16 +73,34 @@ def test_a_job_keeps_the_influence_of_every_row_it_trained_on(database: Engine) 
 
 
 def test_llkd_chooses_the_rows_that_lgtm_learns_from(database: Engine) -> None:
-    job = run(submit(spec({"kind": "llkd_lgtm", "feedback_from": "validation", "feedback_share": 0.4})))
+    feedback = {"feedback_from": "validation", "feedback_share": 0.4}
+    job = run(submit(spec({"kind": "llkd_lgtm", **feedback, "selection": {"warm_up": "none"}})))
     assert (job.status, job.error) == ("succeeded", None)
     assert job.selection is not None
-    assert 0 < job.selection["selected"] <= job.selection["seen"] == 80
+    assert 0 < job.selection["selected"] < job.selection["seen"] == 80
+    client = TestClient(main.create_app(), headers={"Authorization": f"Bearer {new_key('alice')}"})
+    rows = client.get(f"/jobs/{job.id}/samples", params={"limit": 100}).json()["data"]
+    learned = [[value is not None for value in row["influence_trend"] or []].count(True) for row in rows]
+    assert learned == [row["selected"] for row in rows], (
+        "influence is of the rows that were chosen, each time they were"
+    )
+    assert sum(learned) == job.selection["selected"]
     found = series(job.id)
     assert {"agreement", "threshold_teacher/cooking", "influence_p50"} <= set(found)
     with session_scope() as session:
         event = session.scalar(select(JobEvent).where(JobEvent.job_id == job.id, JobEvent.type == "training.feedback"))
         assert event is not None
         assert event.data == {"rows": 5, "source": "validation"}
+
+
+def test_more_epochs_than_a_trend_has_places_share_them_and_the_last_stays() -> None:
+    ledger, view = Ledger.empty(2, TREND_POINTS), torch.tensor([[0.25, 0.75]])
+    for epoch in range(2 * TREND_POINTS):
+        found = Measured(torch.tensor([float(epoch)]), view, view)
+        ledger.note_influence(np.array([1]), found, epoch, 2 * TREND_POINTS)
+    assert ledger.influence[1].tolist() == list(range(1, 2 * TREND_POINTS, 2))
+    assert np.isnan(ledger.influence[0]).all()
+    assert (ledger.student_label.tolist(), ledger.encoder_teacher_confidence[1]) == ([-1, 1], 0.75)
 
 
 def test_a_job_without_influence_has_none_in_its_ledger(database: Engine) -> None:

@@ -107,6 +107,13 @@ def in_two(
         (method_of("pkd", teacher_epochs=1, layers="last"), 2),
         (method_of("pesf_kd", teacher_epochs=1), 2),
         (method_of("meta_distill", teacher_epochs=1), 2),
+        (method_of("random", ratio=0.55), 1),
+        (method_of("dist", teacher_epochs=1), 1),
+        (method_of("takd", teacher_epochs=1), 1),
+        (method_of("rco", teacher_epochs=2, anchors=2), 1),
+        (method_of("online", distillation_loss="dist"), 2),
+        (method_of("dml"), 1),
+        (method_of("prokt"), 1),
     ],
     ids=lambda value: getattr(value, "kind", str(value)),
 )
