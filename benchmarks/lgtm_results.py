@@ -175,8 +175,9 @@ def submit_all(client: Client, missing: list[Run], arguments: argparse.Namespace
             "training": {
                 "epochs": size.epochs, "batch_size": size.batch_size, "seed": run["seed"],
                 "learning_rate": size.learning_rate,
-                # The same rows give feedback and choose the checkpoint with every seed.
+                # The same rows give feedback and choose the checkpoint with every seed, and with every method the same train.
                 "split_seed": 0,
+                "near_duplicates": "apart",
             },
         }  # fmt: skip
         sizes = {name: str(getattr(size, name)) for name in ("rows", "validation_rows", "test_rows", "shots")}
