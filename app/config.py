@@ -127,9 +127,11 @@ class Settings(BaseSettings):
     """An upload in parts that nobody goes on with for this long is removed."""
 
     max_requests_per_minute: int | None = Field(12_000, ge=1)
-    """Of one key; `none` for no limit. This and the three limits below can be set for a key: `understudy keys limit`."""
+    """Of one key; `none` for no limit. This and the four limits below can be set for a key: `understudy keys limit`."""
     max_uploads_at_once: int | None = Field(16, ge=1)
     """Of one tenant, in one API process."""
+    max_streams_at_once: int | None = Field(100, ge=1)
+    """Event streams of one tenant, in one API process."""
     max_stored_bytes: int | None = Field(100 * 1024 * MIB, ge=1)
     """Of one tenant's datasets, as they were received, checkpoints, and uploads in parts."""
     max_unfinished_jobs: int | None = Field(1000, ge=1)

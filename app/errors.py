@@ -11,7 +11,7 @@
     ├── RangeNotSatisfiable 416
     ├── Unprocessable 422       DigestMismatch, EmptyFile, InvalidRows, InvalidSpec, KeyReused, TooManyLabels,
     │                           UnknownColumn, UnreadableFile
-    ├── TooMany 429             RateLimited, StorageFull, TooManyJobs, TooManyUploads
+    ├── TooMany 429             RateLimited, StorageFull, TooManyJobs, TooManyStreams, TooManyUploads
     └── Unavailable 503         NoRoom, StorageAway, StorageRefuses
 
 A class is a situation; its docstring is the default sentence the client reads.
@@ -231,6 +231,12 @@ class TooManyUploads(TooMany):
     """Too many uploads at once; send this file when another has arrived."""
 
     code = "too_many_uploads"
+
+
+class TooManyStreams(TooMany):
+    """Too many event streams at once; close one, or poll."""
+
+    code = "too_many_streams"
 
 
 class TooManyJobs(TooMany):

@@ -254,7 +254,9 @@ def retry(session: Session, job: Job) -> None:
     if job.status not in ("failed", "cancelled"):
         raise IllegalMove(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
     ids = [job.dataset_id, job.validation_dataset_id, job.test_dataset_id]
-    if session.scalar(select(func.count()).where(Dataset.id.in_(ids), Dataset.tenant != job.tenant)):
+    # Held until the commit, as by POST /jobs, so that nobody deletes one in between.
+    owners = session.scalars(select(Dataset.tenant).where(Dataset.id.in_(ids)).with_for_update(read=True))
+    if set(owners) != {job.tenant}:
         raise IllegalMove("A dataset of this job has been deleted; upload it again and start a new job.")
     job.error, job.finished_at, job.lost_workers = None, None, 0
     if not waiting_for(session, job.label_set_id):  # else the claimed shards are being labeled, for another arm
@@ -299,7 +301,7 @@ def _is_trained_now(job: Job) -> bool:
 
 def requeue(session: Session, job: Job) -> None:
     """Put a job in line for a worker, from where it was."""
-    job.status, job.enqueued_at, job.lease_expires_at, job.worker = "queued", now(), None, None
+    job.status, job.enqueued_at, job.lease_expires_at, job.worker = "queued", func.now(), None, None
     labeling = job.phase in (None, "labeling")
     enqueue_on_commit(session, LABEL if labeling else TRAIN, job.id, copies=LABEL_MESSAGES if labeling else 1)
 
@@ -406,7 +408,7 @@ def wait_for_storage(session: Session, job: Job) -> None:
     if job.status in ("pausing", "cancelling"):
         stop(session, job)
         return
-    job.status, job.enqueued_at, job.lease_expires_at, job.worker = "queued", now(), None, None
+    job.status, job.enqueued_at, job.lease_expires_at, job.worker = "queued", func.now(), None, None
     message = "The storage does not answer; the job goes on from its last saved state when it does."
     emit(session, job.id, "storage.away", message, level="warning")
 
@@ -481,7 +483,7 @@ def sweep(session: Session, idle: set[str]) -> int:
         if open_shards == 0 and _count_shards(session, job, turns.IS_LIVE):
             continue
         touched += 1
-        job.enqueued_at = now()
+        job.enqueued_at = func.now()
         enqueue_on_commit(session, task, job.id, copies=max(1, min(open_shards, LABEL_MESSAGES)))
     return touched
 

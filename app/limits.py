@@ -1,9 +1,9 @@
-"""How much one key, or its tenant, may ask: requests a minute, uploads at once, stored bytes, unfinished jobs.
+"""How much one key, or its tenant, may ask: requests a minute, uploads and streams at once, stored bytes, unfinished jobs.
 
 The settings say what is usual, a key's row what differs. Requests are counted per key, in Redis where that is the
 broker; a Redis that is away lets them through. A process counts a hundredth of the limit at a time, so that not every
 request has to ask. Everything else is counted per tenant, so that more keys give no more
-room: uploads in this process, bytes and jobs in the database under a lock of the tenant, so that nobody slips past.
+room: uploads and streams in this process, bytes and jobs in the database under a lock of the tenant, so that nobody slips past.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.config import settings
-from app.errors import RateLimited, StorageFull, TooManyJobs, TooManyUploads
+from app.errors import RateLimited, StorageFull, TooMany, TooManyJobs, TooManyStreams, TooManyUploads
 from app.models import TERMINAL, ApiKey, Checkpoint, Dataset, Job, Upload
 
-NAMES = ("max_requests_per_minute", "max_uploads_at_once", "max_stored_bytes", "max_unfinished_jobs")
+NAMES = (
+    "max_requests_per_minute", "max_uploads_at_once", "max_streams_at_once", "max_stored_bytes", "max_unfinished_jobs",
+)  # fmt: skip
 """Fields of Settings, and keys of a key's `limits`."""
 TENANT_LOCK = 0x6C696D69
 """Of PostgreSQL's advisory locks; the second half of the number is the tenant's hash."""
@@ -135,27 +137,44 @@ def _count_ahead(key: ApiKey, requests: int) -> None:
         _counted[key.id] = requests, time.monotonic() + AHEAD_SECONDS
 
 
-# --- uploads at once ------------------------------------------------------------------------------------------------
+# --- uploads and streams at once ------------------------------------------------------------------------------------
 
-_uploading: Counter[str] = Counter()
-_uploading_lock = threading.Lock()
+_at_once: Counter[tuple[str, str]] = Counter()
+"""By limit and tenant."""
+_at_once_lock = threading.Lock()
 
 
 @contextmanager
 def uploading(key: ApiKey) -> Iterator[None]:
     """One upload of the key's tenant, while the block runs. Raises TooManyUploads."""
     most = limit_of(key, "max_uploads_at_once")
-    with _uploading_lock:
-        if most is not None and _uploading[key.tenant] >= most:
-            raise TooManyUploads(f"{most} uploads are on their way, the most at once; send this file when one is done.")
-        _uploading[key.tenant] += 1
+    refusal = TooManyUploads(f"{most} uploads are on their way, the most at once; send this file when one is done.")
+    with _counted_in(("max_uploads_at_once", key.tenant), most, refusal):
+        yield
+
+
+@contextmanager
+def streaming(key: ApiKey) -> Iterator[None]:
+    """One event stream of the key's tenant, while the block runs. Raises TooManyStreams."""
+    most = limit_of(key, "max_streams_at_once")
+    refusal = TooManyStreams(f"{most} event streams are open, the most at once; close one, or poll.")
+    with _counted_in(("max_streams_at_once", key.tenant), most, refusal):
+        yield
+
+
+@contextmanager
+def _counted_in(what: tuple[str, str], most: int | None, refusal: TooMany) -> Iterator[None]:
+    with _at_once_lock:
+        if most is not None and _at_once[what] >= most:
+            raise refusal
+        _at_once[what] += 1
     try:
         yield
     finally:
-        with _uploading_lock:
-            _uploading[key.tenant] -= 1
-            if not _uploading[key.tenant]:
-                del _uploading[key.tenant]
+        with _at_once_lock:
+            _at_once[what] -= 1
+            if not _at_once[what]:
+                del _at_once[what]
 
 
 # --- stored bytes and unfinished jobs -------------------------------------------------------------------------------
@@ -166,7 +185,7 @@ def check_room(session: Session, key: ApiKey, more_bytes: int) -> None:
     most = limit_of(key, "max_stored_bytes")
     if most is None:
         return
-    _lock(session, key.tenant)
+    lock(session, key.tenant)
     stored = stored_bytes(session, key.tenant)
     if stored + more_bytes > most:
         raise StorageFull(
@@ -191,7 +210,7 @@ def check_jobs(session: Session, key: ApiKey, more: int = 1) -> None:
     most = limit_of(key, "max_unfinished_jobs")
     if most is None:
         return
-    _lock(session, key.tenant)
+    lock(session, key.tenant)
     unfinished = session.scalar(select(func.count()).where(Job.tenant == key.tenant, Job.status.not_in(TERMINAL))) or 0
     if unfinished + more > most:
         raise TooManyJobs(
@@ -199,5 +218,6 @@ def check_jobs(session: Session, key: ApiKey, more: int = 1) -> None:
         )
 
 
-def _lock(session: Session, tenant: str) -> None:
+def lock(session: Session, tenant: str) -> None:
+    """Until the commit, nobody else counts what the tenant has in order to add to it."""
     session.execute(select(func.pg_advisory_xact_lock(TENANT_LOCK, func.hashtext(tenant))))

@@ -44,6 +44,10 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 UPLOADS = re.compile(r"/datasets|/uploads/[^/]*/parts")
 """Paths whose POST takes a file, or a part of one, and limits it itself."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9_\-]{1,64}")
+METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
+"""Those that are counted by name. A stranger may send any word, and each would be figures of its own, kept for ever."""
+LOGGED_CHARACTERS = 500
+"""Of a path, in the log."""
 
 NOTHING = "default-src 'none'; frame-ancestors 'none'"
 """What an answer of the API may load or run in a browser."""
@@ -75,6 +79,8 @@ class RequestContext:
             return
         sent = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = sent if REQUEST_ID.fullmatch(sent) else new_id("req")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        path = scope["path"][:LOGGED_CHARACTERS]
         scope.setdefault("state", {})["request_id"] = request_id
         began = time.perf_counter()
         started = False
@@ -97,10 +103,10 @@ class RequestContext:
                 await _note(scope, headers, message["status"])
                 route = getattr(scope.get("route"), "path", "other")
                 elapsed = time.perf_counter() - began
-                REQUESTS.labels(scope["method"], route, message["status"]).inc()
-                SECONDS.labels(scope["method"], route).observe(elapsed)
+                REQUESTS.labels(method, route, message["status"]).inc()
+                SECONDS.labels(method, route).observe(elapsed)
                 log.info(
-                    "request", method=scope["method"], path=scope["path"], status=message["status"],
+                    "request", method=method, path=path, status=message["status"],
                     milliseconds=round(elapsed * 1000, 1), key_id=scope["state"].get("key_id"),
                 )  # fmt: skip
             await send(message)
@@ -109,7 +115,7 @@ class RequestContext:
             try:
                 await self.app(scope, receive, send_with_headers)
             except Exception:
-                log.exception("unexpected_error", path=scope["path"])
+                log.exception("unexpected_error", path=path)
                 if started:
                     raise
                 await errors.unexpected_response(Request(scope))(scope, receive, send_with_headers)
@@ -124,10 +130,11 @@ async def _note(scope: Scope, headers: MutableHeaders, status: int) -> None:
     made = headers.get("location", "").rpartition("/")[2]
     ids = list(scope.get("path_params", {}).values())
     object_id = state.get("object_id") or made or (str(ids[-1]) if ids else None)
+    address = (scope.get("client") or [None])[0]  # behind a trusted proxy, whatever X-Forwarded-For says
     await run_in_threadpool(
         audit.record, action=action, outcome=audit.outcome_of(status), status=status, tenant=state.get("tenant"),
         key_id=state.get("key_id"), request_id=state["request_id"],
-        object_id=object_id and object_id.replace("\x00", "")[:100], address=(scope.get("client") or [None])[0],
+        object_id=object_id and "".join(filter(str.isprintable, object_id))[:100], address=address and address[:64],
     )  # fmt: skip
 
 

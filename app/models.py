@@ -23,6 +23,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    func,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -358,7 +359,8 @@ class Job(Base):
     lost_workers: Mapped[int] = mapped_column(Integer, default=0)
     worker: Mapped[str | None] = mapped_column(String(200))
     lease_expires_at: Mapped[datetime | None]
-    enqueued_at: Mapped[datetime] = mapped_column(default=now)
+    enqueued_at: Mapped[datetime] = mapped_column(default=func.now())
+    """By PostgreSQL's clock, as the sweep compares it with that."""
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from app import tables
+from app.terminal import escape
 
 
 class _Bars:

@@ -271,6 +271,8 @@ def _orphans(storage: Storage) -> Iterator[str]:
             if row is None:
                 if _is_old(name):
                     yield key
+            elif isinstance(row, Dataset) and row.tenant == NOBODY:
+                yield from _within(storage, key)
             elif isinstance(row, LabelSet):
                 current = {key for shard in row.shards for key in (shard.key, shard.answers_key)}
                 yield from (part for part in _within(storage, key) if part not in current)

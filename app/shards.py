@@ -343,7 +343,7 @@ def _advance_if_labeled(session: Session, waiting: list[Job]) -> None:
     for job in waiting:
         if job.status == "paused":
             continue
-        job.phase, job.enqueued_at = "training", now()
+        job.phase, job.enqueued_at = "training", func.now()
         phase = session.get(JobPhase, (job.id, "labeling"), populate_existing=True)
         if phase is not None:
             moment = now()  # a run that another has labeled for took no time, and has no pace
@@ -372,7 +372,7 @@ def _try_failed_rows_again(session: Session, waiting: list[Job]) -> bool:
     message = f"The teacher failed on {sum(failed)} rows; it is asked about them once more."
     for each in waiting:
         emit(session, each.id, "labeling.retry", message, level="warning", rows=sum(failed), shards=len(failed))
-        each.enqueued_at = now()
+        each.enqueued_at = func.now()
     enqueue_on_commit(session, LABEL, job.id, copies=min(len(failed), LABEL_MESSAGES))
     return True
 

@@ -10,6 +10,10 @@ from typing import Any
 Told = dict[str, Any]
 
 NOTHING = "–"
+MARKDOWN = "\\|`*<["
+"""Signs that would make of a name markup, HTML, a link or another cell."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes a cell that begins so for."""
 HEADINGS = ["arm", "accuracy", "macro-F1", "Δ macro-F1", "rank", "seen", "trained on", "share", "seconds"]
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -24,7 +28,10 @@ CSV_COLUMNS = [
 
 
 def rows(told: Told) -> list[list[str]]:
-    """The table's cells for reading: the teacher, then every arm; scores in per cent, figures without a value as –."""
+    """The table's cells for reading: the teacher, then every arm; scores in per cent, figures without a value as –.
+
+    The first cell of each is a name, which clients choose: a format has to escape it.
+    """
     has_gpu = _has_gpu(told)
     lines = []
     for name, teacher in teachers(told).items():
@@ -66,18 +73,21 @@ def caption(told: Told) -> str:
 
 def markdown(told: Told) -> str:
     """A table as GitHub reads it."""
-    lines = [
-        [cell.replace("\\", "\\\\").replace("|", "\\|") for cell in line] for line in [headings(told), *rows(told)]
-    ]
+
+    def escaped(text: str) -> str:
+        return "".join(f"\\{sign}" if sign in MARKDOWN else sign for sign in _in_a_line(text))
+
+    lines = [headings(told), *([escaped(name), *figures] for name, *figures in rows(told))]
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
-    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + ["", caption(told), ""])
+    return "\n".join([f"| {' | '.join(line)} |" for line in lines] + ["", escaped(caption(told)), ""])
 
 
 def latex(told: Told) -> str:
     """A `table` with the rules of the package booktabs."""
 
     def escaped(cell: str) -> str:
-        return "".join(LATEX.get(sign, sign) for sign in cell)
+        text = "".join(LATEX.get(sign, sign) for sign in _in_a_line(cell))
+        return "{}" + text if text.startswith(("[", "*")) else text  # else it were an argument of the rule or \\ above
 
     lines = [" & ".join(map(escaped, line)) + r" \\" for line in [headings(told), *rows(told)]]
     return "\n".join(
@@ -90,15 +100,22 @@ def latex(told: Told) -> str:
 
 
 def comma_separated(told: Told) -> str:
-    """Every figure as it is: shares from 0 to 1, seconds, bytes; what has no value is empty."""
+    """Every figure as it is: shares from 0 to 1, seconds, bytes; what has no value is empty.
+
+    A name that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+
+    def harmless(name: str) -> str:
+        return f"'{name}" if name.startswith(FORMULA) else name
+
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for name, teacher in teachers(told).items():
         scores = {f"{score}_mean": teacher[score] for score in ("accuracy", "macro_f1")}
-        writer.writerow({"arm": name, "method": "teacher", **scores})
+        writer.writerow({"arm": harmless(name), "method": "teacher", **scores})
     for arm in told["arms"]:
-        line = {name: arm[name] for name in CSV_COLUMNS if name in arm} | {"arm": arm["name"]}
+        line = {name: arm[name] for name in CSV_COLUMNS if name in arm} | {"arm": harmless(arm["name"])}
         line["runs"] = arm["macro_f1"]["runs"]
         for score in ("accuracy", "macro_f1"):
             line |= {f"{score}_{name}": arm[score][name] for name in ("mean", "sd")}
@@ -114,6 +131,10 @@ WRITERS: dict[str, Callable[[Told], str]] = {"markdown": markdown, "csv": comma_
 
 def _has_gpu(told: Told) -> bool:
     return any(arm["gpu_memory_bytes"] for arm in told["arms"])
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _spread(figure: dict[str, Any]) -> str:

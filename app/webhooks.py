@@ -16,6 +16,7 @@ import base64
 import random
 import secrets
 import socket
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -39,11 +40,15 @@ JITTER = 0.2
 """A delay is longer or shorter by up to this share, so that a receiver that was away is not met by all at once."""
 BATCH = 50
 """Calls sent at once by one scheduler."""
+BATCH_OF_ONE = 10
+"""How many of them may be one tenant's, so that receivers that hang hold up their own tenant's calls alone."""
 SEND_SECONDS = 10.0
 """For everything: the name, the connection, TLS, the request and the answer."""
 CLAIM_SECONDS = 60.0
 RESOLVE_SECONDS = 2.0
 """How long POST /jobs waits for a name."""
+WAIT_AT_ONCE = 4
+"""Requests of one API process that wait for a name at the same moment; each holds a thread and a connection."""
 GRACE_HOURS = 24
 """How long a rotated secret goes on signing, beside the new one, unless told otherwise."""
 LONGEST_GRACE_HOURS = 24 * 30
@@ -52,8 +57,9 @@ KEPT_BYTES = 200
 
 Address = IPv4Address | IPv6Address
 
-RESOLVERS = ThreadPoolExecutor(16, "resolver")
+RESOLVERS = ThreadPoolExecutor(64, "resolver")
 """Their own threads, because a look-up cannot be broken off: nobody has to wait for one that hangs."""
+_waiting = threading.BoundedSemaphore(WAIT_AT_ONCE)
 
 
 class PrivateAddress(Exception):
@@ -122,17 +128,25 @@ def _signing(session: Session, tenant: str) -> tuple[str, ...]:
 
 def is_public(address: Address) -> bool:
     """Whether the address is somewhere on the internet. Addresses that wrap an IPv4 address in IPv6 are not."""
-    wrapped = isinstance(address, IPv6Address) and address.sixtofour is not None
-    return address.is_global and not (address.is_multicast or address.is_reserved or wrapped)
+    inside = isinstance(address, IPv6Address) and (address.sixtofour is not None or address.is_site_local)
+    return address.is_global and not (address.is_multicast or address.is_reserved or inside)
 
 
 def leads_inside(url: str) -> bool:
-    """Whether the URL's host is, or resolves to, an address that is not public; False where it does not resolve yet."""
+    """Whether the URL's host is, or resolves to, an address that is not public; False where that is not known soon.
+
+    It spares the owner a surprise; what protects the inside is the same question at every call.
+    """
+    if not _waiting.acquire(blocking=False):
+        return False
+    found = _look_up(httpx.URL(url))
     try:
-        addresses = _look_up(httpx.URL(url)).result(RESOLVE_SECONDS)
+        return not all(map(is_public, found.result(RESOLVE_SECONDS)))
     except (OSError, UnicodeError, TimeoutError):
         return False
-    return not all(map(is_public, addresses))
+    finally:
+        found.cancel()
+        _waiting.release()
 
 
 def _look_up(url: httpx.URL) -> Future[list[Address]]:
@@ -189,13 +203,17 @@ def deliver() -> int:
 
 
 def claim(session: Session) -> list[Call]:
-    """The calls that are due and nobody else is sending, now the caller's for a minute."""
+    """The calls that are due and nobody else is sending, now the caller's for a minute: of each tenant the first ones."""
+    is_due = (WebhookDelivery.status == "pending", WebhookDelivery.next_attempt_at <= func.now())
+    place = func.row_number().over(partition_by=WebhookDelivery.tenant, order_by=WebhookDelivery.next_attempt_at)
+    line = select(WebhookDelivery.id, place.label("place")).where(*is_due).subquery()
     due = session.scalars(
         select(WebhookDelivery)
-        .where(WebhookDelivery.status == "pending", WebhookDelivery.next_attempt_at <= func.now())
-        .order_by(WebhookDelivery.next_attempt_at)
+        .join(line, line.c.id == WebhookDelivery.id)
+        .where(*is_due, line.c.place <= BATCH_OF_ONE)
+        .order_by(line.c.place, WebhookDelivery.next_attempt_at)
         .limit(BATCH)
-        .with_for_update(skip_locked=True)
+        .with_for_update(of=WebhookDelivery, skip_locked=True)
     ).all()
     for delivery in due:
         delivery.attempts += 1

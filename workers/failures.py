@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from pydantic import ValidationError
+
 from app.errors import FULL, Problem
 from app.lifecycle import WorkFailed
 
@@ -16,6 +18,12 @@ def failure_of(error: Exception, otherwise: str) -> WorkFailed:
     """The error as a code and a sentence: of what an owner or operator can mend, else `otherwise` with the error itself."""
     if isinstance(error, WorkFailed):
         return error
+    if isinstance(error, ValidationError):  # the spec was in order when the job was posted
+        return WorkFailed(
+            "worker_outdated",
+            f"This worker does not understand the job ({error.errors()[0]['msg']}): it is of another version than the server. "
+            "Retry the job once all workers are up to date.",
+        )
     if isinstance(error, Problem):  # a model that this worker lacks, a storage that is away
         return WorkFailed(error.code, error.detail)
     if _is_memory(error):

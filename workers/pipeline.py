@@ -579,7 +579,8 @@ def _publish(
     report.flush()
 
     def end(session: Session) -> None:
-        # Asked again after a commit of which nobody knows whether it was done.
+        # Asked again after a commit of which nobody knows whether it was done; one that is still being done holds the lock.
+        session.get(Job, job.id, with_for_update=True)
         if session.get(Checkpoint, checkpoint.id) is not None:
             return
         held = lifecycle.held(session, job.id, report.attempt)

@@ -27,6 +27,9 @@ RENEW_SECONDS = 2.0
 FLUSH_SECONDS = 2.0
 HOLD_SECONDS = 4.0
 """How long the owner of a job who wants it to stop waits for the end of a step: with RENEW_SECONDS less than the 10 promised."""
+CANCEL_SECONDS = 60.0
+"""How long a worker may take to notice that its job is to be cancelled. Then it lets go of the job, whatever it hangs in: the lease
+runs out, and the sweep ends the job."""
 
 
 class Stopped(Exception):
@@ -122,7 +125,14 @@ class Heartbeat:
 
     def _beat(self) -> None:
         interval = min(RENEW_SECONDS, settings().lease_seconds / 3)
+        cancelled_at: float | None = None
         while not self._ended.wait(interval):
+            if self.status == "cancelling":
+                cancelled_at = cancelled_at or time.monotonic()
+                if time.monotonic() - cancelled_at > CANCEL_SECONDS:
+                    log.error("cancel_not_noticed", seconds=CANCEL_SECONDS)
+                    self.lost.set()
+                    return
             try:
                 self.confirm()
             except LeaseLost:

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy import bindparam, false, select
 from sqlalchemy.orm import Session, lazyload, load_only
 from sse_starlette import EventSourceResponse
+from starlette.types import Receive, Scope, Send
 
 from app import estimates, keys, labels, ledger, lifecycle, limits, measurements, overview, preflight, retention
 from app.api import polls
@@ -233,7 +234,7 @@ async def list_events(
     await reading(lambda session: owned(session, Job, job_id, key.tenant))
     if "text/event-stream" in accept:
         start = after if last_event_id is None else last_event_id
-        return EventSourceResponse(_live_events(job_id, key.id, start), ping=KEEP_ALIVE_SECONDS)
+        return LiveEvents(key, _live_events(job_id, key.id, start))
     events = await reading(lambda session: _events_after(session, job_id, after, limit + 1))
     has_more = len(events) > limit
     shown = events[:limit]
@@ -265,6 +266,18 @@ def _poll(session: Session, job_id: str, key_id: str, seq: int) -> tuple[list[Jo
     status, last = found
     events = _events_after(session, job_id, seq, 100) if last > seq else []
     return events, status in TERMINAL and len(events) < 100
+
+
+class LiveEvents(EventSourceResponse):
+    """A stream that counts as its tenant's until it ends, however it ends. Raises TooManyStreams in place of its first byte."""
+
+    def __init__(self, key: ApiKey, events: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__(events, ping=KEEP_ALIVE_SECONDS)
+        self.key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with limits.streaming(self.key):
+            await super().__call__(scope, receive, send)
 
 
 async def _live_events(job_id: str, key_id: str, seq: int) -> AsyncIterator[dict[str, Any]]:

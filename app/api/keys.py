@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 from sqlalchemy import select
 
-from app import keys
+from app import keys, limits
 from app.api.deps import KeyDep, PageDep, SessionDep, needs, newest_first, owned, problems
 from app.api.schemas import PageRead, Read
 from app.errors import (
@@ -113,5 +113,6 @@ def revoke_key(key_id: str, session: SessionDep, key: KeyDep) -> Response:
 
 
 def _refuse_too_many(session: SessionDep, key: ApiKey) -> None:
+    limits.lock(session, key.tenant)
     if keys.working(session, key.tenant) >= MOST_KEYS:
         raise TooManyKeys(f"This tenant has {MOST_KEYS} working keys, the most it may make; revoke one first.")

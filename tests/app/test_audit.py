@@ -102,6 +102,21 @@ def test_a_flood_of_denied_requests_does_not_fill_the_log(client: TestClient, mo
     assert len(entries()) <= 6, "three a minute, and a minute may begin in between"
 
 
+def test_what_a_stranger_asks_for_neither_hides_a_row_nor_steers_the_terminal_that_shows_it(database: Engine) -> None:
+    """Behind a proxy that is trusted, an address is what X-Forwarded-For says."""
+    admin = {"Authorization": f"Bearer {new_key('alice', scope='admin')}"}
+    with TestClient(create_app(), client=("\x1b[2J" * 50, 1)) as stranger:
+        assert stranger.delete("/jobs/x%1b%5d0;title%07%1b%5b2J%0aforged").status_code == 401
+        assert stranger.post("/keys", json={"name": "\x1b[2J\u202e"}, headers=admin).status_code == 201
+    denied, made = entries()
+    assert (denied.action, denied.object_id) == ("delete_job", "x]0;title[2Jforged")
+    assert made.action == "create_key"
+    for command in (["audit"], ["keys", "list"]):
+        shown = CliRunner().invoke(cli.app, command).output
+        assert "�[2J" in shown
+        assert not set(shown) & {"\x1b", "\x07", "\u202e"}
+
+
 def test_no_secret_stands_in_the_log(database: Engine) -> None:
     key = new_key("alice", scope="admin")
     client = TestClient(create_app(), headers={"Authorization": f"Bearer {key}"})

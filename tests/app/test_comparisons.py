@@ -508,6 +508,16 @@ def test_a_name_cannot_break_a_table() -> None:
         r"| a\|b & 50% \\_{x} | 50.0 | 50.0 | – | 1.0 | 10 | 5 | 50.0 % | 1.0 | 1.0 |"
     )
     assert r"a|b \& 50\% \textbackslash{}\_\{x\} & 50.0" in tables.latex(told)
+    arm["name"] = '[=*<img src="//evil.test">\n\n| `x` ![y](//evil.test)'
+    readable = tables.markdown(told)
+    assert len(readable.splitlines()) == 5, "three lines of a table, and below it what it holds"
+    for line in readable.splitlines()[2::2]:
+        assert r'\[=\*\<img src="//evil.test"> \| \`x\` !\[y](//evil.test)' in line
+    assert "\n{}[=*<img" in tables.latex(told), "else LaTeX takes it for an option of the line above"
+    for name in ("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "plain"):
+        arm["name"] = name
+        [line] = csv.DictReader(io.StringIO(tables.comma_separated(told)))
+        assert line["arm"] == (name if name == "plain" else f"'{name}")
 
 
 def test_a_zero_shot_teacher_and_a_student_of_few_gold_labels_stand_in_the_same_table(client: TestClient) -> None:

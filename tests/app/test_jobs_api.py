@@ -339,6 +339,29 @@ def test_a_live_stream_tells_what_happens_and_closes_at_the_end(server: httpx.Cl
     assert [event["event"] for event in stream] == ["job.cancelled"]
 
 
+def test_streams_at_once_are_limited_and_one_that_is_closed_makes_room(
+    server: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "max_streams_at_once", 2)
+    job_id = submit(tiny_spec(add_dataset(sentences(12, 1))))
+    first, second = streamed(server, job_id), streamed(server, job_id)
+    assert next(first)["event"] == next(second)["event"] == "job.queued"
+
+    def ask() -> httpx.Response:
+        path, accept = f"/jobs/{job_id}/events", {"Accept": "text/event-stream"}
+        with server.stream("GET", path, headers=accept) as answer:
+            if answer.status_code != 200:
+                answer.read()
+            return answer
+
+    refused = ask()
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_streams")
+    assert refused.headers["retry-after"]
+    first.close()
+    wait_until(lambda: ask().status_code == 200, what="the server notices that a stream was closed")
+    second.close()
+
+
 @pytest.mark.parametrize("column", ["revoked_at", "expires_at"])
 def test_a_live_stream_ends_soon_after_its_key(server: httpx.Client, column: str) -> None:
     stream = streamed(server, submit(tiny_spec(add_dataset(sentences(12, 1)))))

@@ -618,6 +618,17 @@ def test_a_labeling_that_is_being_worked_on_gets_no_message_until_a_lease_runs_o
     assert messages(LABEL) == 3
 
 
+def test_a_clock_that_is_ahead_does_not_keep_the_sweep_from_sending_a_lost_message(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "requeue_seconds", 1e-9)
+    monkeypatch.setattr(lifecycle, "now", lambda: now() + timedelta(hours=1))
+    job_id = submit(tiny_spec(add_dataset(sentences(12, 1))))
+    move("pause", job_id)
+    move("resume", job_id)
+    assert [sweep(), sweep()] == [1, 1]
+
+
 def test_a_training_whose_message_was_lost_gets_another(job_id: str) -> None:
     finish_labeling(job_id)
     empty_broker()

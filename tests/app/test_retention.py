@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
-from app import labels, limits, retention
+from app import labels, lifecycle, limits, retention
 from app.cli import app as cli
 from app.config import settings
 from app.db import session_scope, try_lock
@@ -131,6 +132,20 @@ def test_a_job_is_deleted_or_retried_but_never_half_of_each(client: TestClient) 
             end(job_id)
 
 
+def test_a_dataset_cannot_be_deleted_while_a_retry_looks_for_it(client: TestClient) -> None:
+    dataset_id = add_dataset(sentences(6, 1))
+    job_id = a_job(dataset_id)
+    end(job_id)
+    with ThreadPoolExecutor(1) as other:
+        with session_scope() as session:
+            lifecycle.retry(session, session.get_one(Job, job_id))
+            deletion = other.submit(client.delete, f"/datasets/{dataset_id}")
+            time.sleep(0.5)
+            assert not deletion.done(), "it waits for what becomes of the retry"
+        assert deletion.result().json()["code"] == "dataset_in_use"
+    assert client.get(f"/datasets/{dataset_id}/rows").status_code == 200
+
+
 def test_a_deleted_checkpoint_is_gone_and_its_job_stays(client: TestClient, storage: Storage) -> None:
     job = run(a_job())
     assert client.delete(f"/checkpoints/{job.best_checkpoint_id}").status_code == 204
@@ -164,6 +179,19 @@ def test_a_storage_that_fails_does_not_bring_the_row_back_and_the_sweep_removes_
     monkeypatch.setattr(settings(), "orphan_grace_seconds", 1e-9)
     assert len(retention.sweep_files(storage)) == 1
     assert not [name for name in files(storage) if name.startswith("labels/")]
+
+
+def test_the_rows_of_a_deleted_dataset_go_although_jobs_still_tell_of_it(
+    client: TestClient, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset_id = add_dataset(sentences(6, 1))
+    end(a_job(dataset_id))
+    with monkeypatch.context() as broken:
+        broken.setattr(Storage, "delete", lambda *_: (_ for _ in ()).throw(OSError("the storage is away")))
+        assert client.delete(f"/datasets/{dataset_id}").status_code == 204
+    assert stored()["datasets"] == 1
+    assert retention.sweep_files(storage) == [f"datasets/{dataset_id}/rows.parquet"]
+    assert not files(storage)
 
 
 def test_the_file_sweep_takes_what_no_row_names_and_nothing_else(client: TestClient, storage: Storage) -> None:

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 
 from app import keys, limits
+from app.api import keys as api_keys
 from app.api.keys import MOST_KEYS
 from app.config import settings
 from app.db import session_scope
@@ -186,6 +187,15 @@ def test_a_tenant_cannot_make_keys_without_end(clients: dict[str, TestClient]) -
             keys.create(session, "alice", "one of many")
     answer = clients["admin"].post("/keys", json={"name": "one more"})
     assert (answer.status_code, answer.json()["code"]) == (409, "too_many_keys")
+
+
+def test_of_keys_that_are_made_together_no_more_are_made_than_may_be(
+    clients: dict[str, TestClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with session_scope() as session:
+        monkeypatch.setattr(api_keys, "MOST_KEYS", keys.working(session, "alice") + 2)
+    answers = in_threads(8, lambda number: clients["admin"].post("/keys", json={"name": str(number)}))
+    assert sorted(answer.status_code for answer in answers) == [201, 201] + [409] * 6
 
 
 # --- requests a minute ----------------------------------------------------------------------------------------------

@@ -37,6 +37,14 @@ def test_what_a_key_opens_is_kept_by_no_cache(client: TestClient) -> None:
     assert client.get("/web/app.js").headers.get("cache-control") != "no-store"
 
 
+def test_a_word_of_a_stranger_that_is_no_method_makes_no_figures_of_its_own(client: TestClient) -> None:
+    for number in range(3):
+        assert client.request(f"WORD{number}", "/nowhere").status_code == 404
+    figures = client.get("/metrics").text
+    assert "WORD" not in figures
+    assert 'method="other",route="other",status="404"' in figures
+
+
 def test_a_browser_that_came_by_https_is_told_to_stay_there_and_no_other(database: Engine) -> None:
     app = create_app()
     assert "max-age=" in TestClient(app, base_url="https://testserver").get("/").headers["strict-transport-security"]

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from typing import Any
@@ -25,7 +27,7 @@ from app import comparisons, lifecycle, webhooks
 from app.config import settings
 from app.db import engine, session_scope
 from app.errors import InvalidSpec
-from app.models import Job, WebhookDelivery, now
+from app.models import Job, WebhookDelivery, new_id, now
 from app.options import ComparisonSpec, JobSpec
 from app.storage import Storage
 from tests.support import add_dataset, in_threads, run, sentences, submit, tiny_spec, wait_until
@@ -432,6 +434,18 @@ def test_two_schedulers_share_the_calls_and_make_none_twice(receiver: Receiver) 
     assert sorted(payload["data"]["id"] for payload in receiver.payloads) == sorted(job_ids)
 
 
+def test_receivers_of_one_tenant_that_hang_hold_up_no_call_of_another(receiver: Receiver) -> None:
+    job_ids = [ended(receiver.url) for _ in range(2)] + [ended(receiver.url, "bob")]
+    with session_scope() as session:
+        [last] = session.scalars(select(WebhookDelivery).where(WebhookDelivery.job_id == job_ids[0]))
+        kept = ("tenant", "job_id", "type", "url", "payload")
+        values = {name: getattr(last, name) for name in kept} | {"next_attempt_at": func.now() - timedelta(hours=1)}
+        session.add_all(WebhookDelivery(id=new_id("whd"), **values) for _ in range(webhooks.BATCH))
+    with session_scope() as session:
+        tenants = [session.get_one(WebhookDelivery, call.id).tenant for call in webhooks.claim(session)]
+    assert sorted(tenants) == ["alice"] * webhooks.BATCH_OF_ONE + ["bob"]
+
+
 def test_no_transaction_is_open_while_a_call_is_on_its_way(receiver: Receiver) -> None:
     ended(receiver.url)
     receiver.gate.clear()
@@ -487,7 +501,7 @@ def test_calls_of_another_tenant_are_not_found(
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-     "240.0.0.1", "255.255.255.255", "192.0.2.1", "::", "::1", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
+     "240.0.0.1", "255.255.255.255", "192.0.2.1", "::", "::1", "fe80::1", "fec0::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1",
      "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1"],
 )  # fmt: skip
 def test_an_address_that_is_not_public_is_refused_at_post_without_a_look_up(
@@ -523,6 +537,19 @@ def test_a_name_that_does_not_resolve_yet_or_not_in_time_is_accepted(
     monkeypatch.setattr(webhooks, "RESOLVE_SECONDS", 0.05)
     monkeypatch.setattr(webhooks.RESOLVERS, "submit", lambda *_: never)
     assert job_with("https://hook.test/")
+
+
+def test_names_that_hang_hold_up_few_requests_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "RESOLVE_SECONDS", 0.5)
+    monkeypatch.setattr(webhooks.RESOLVERS, "submit", lambda *_: Future())
+
+    def seconds(_: int) -> float:
+        began = time.monotonic()
+        assert not webhooks.leads_inside("https://hangs.test/")
+        return time.monotonic() - began
+
+    waited = [took for took in in_threads(20, seconds) if took > 0.4]
+    assert len(waited) == webhooks.WAIT_AT_ONCE
 
 
 def test_a_name_that_is_pointed_inside_after_post_is_refused_when_it_is_called(

@@ -6,6 +6,8 @@ import contextlib
 import random
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from sqlalchemy import Engine, func, select
+from sqlalchemy.orm import Session
 
 from app import labels as label_cache
 from app import lifecycle, options, predictions, pretrained
 from app.config import settings
-from app.db import session_scope
+from app.db import engine, session_scope
 from app.lifecycle import LeaseLost
 from app.models import Checkpoint, Job, JobEvent, JobMetric
 from app.storage import Storage
@@ -28,11 +31,13 @@ from tests.support import (
     expire_leases,
     job_of,
     label,
+    run,
     sentences,
     submit,
     tiny_spec,
+    wait_until,
 )
-from workers import artifacts, label_report, reporter, tasks
+from workers import artifacts, label_report, pipeline, reporter, tasks
 from workers.reporter import GivenUp, MemoryReporter, Reporter, Stopped
 from workers.training import resume
 from workers.training.data import tokenise
@@ -558,6 +563,77 @@ def test_a_job_that_gets_on_between_its_losses_never_fails_of_them_and_one_that_
     tasks.train(slow)
     assert job_of(slow).status == "succeeded"
     assert len(events(slow, "worker.lost")) == 4
+
+
+@pytest.mark.parametrize("phase", ["labeling", "training"])
+def test_a_worker_that_is_older_than_the_job_says_so_and_the_job_can_be_retried(database: Engine, phase: str) -> None:
+    job_id = submit(tiny_spec(add_dataset(sentences(12, 1))))
+    if phase == "training":
+        label(job_id)
+
+    def rewrite(**fields: Any) -> None:
+        with session_scope() as session:
+            job = session.get_one(Job, job_id)
+            job.spec = {**job.spec, **fields}
+
+    method = job_of(job_id).spec["method"]
+    rewrite(method={"kind": "of_next_year"})
+    run(job_id)
+    failed = job_of(job_id)
+    assert failed.status == "failed"
+    assert (failed.error["code"], failed.error["phase"]) == ("worker_outdated", phase)
+    rewrite(method=method)
+    with session_scope() as session:
+        lifecycle.retry(session, session.get_one(Job, job_id))
+    assert run(job_id).status == "succeeded"
+
+
+def test_a_job_is_cancelled_although_its_worker_hangs(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(reporter, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(settings(), "lease_seconds", 0.5)
+    job_id = submit(tiny_spec(add_dataset(sentences(12, 1))))
+    label(job_id)
+
+    def is_cancelled() -> bool:
+        with session_scope() as session:
+            lifecycle.sweep(session, set())
+        return job_of(job_id).status == "cancelled"
+
+    with tasks.claimed(job_id) as held:
+        assert held is not None
+        with session_scope() as session:
+            lifecycle.cancel(session, session.get_one(Job, job_id))
+        wait_until(is_cancelled, what="the sweep ends the job while this thread does nothing for it")
+        with pytest.raises(lifecycle.LeaseLost):
+            held[1].check()
+
+
+def test_a_checkpoint_outlives_a_commit_whose_answer_was_lost_while_it_was_being_done(
+    database: Engine, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks during the commit, and the worker asks again before PostgreSQL is done with it."""
+    job_id = submit(tiny_spec(add_dataset(sentences(12, 1))))
+    label(job_id)
+    patiently = pipeline.patiently
+
+    def uncertain(work: Callable[[Session], Any]) -> Any:
+        if work.__qualname__ != "_publish.<locals>.end":
+            return patiently(work)
+        with ThreadPoolExecutor(1) as again, Session(engine()) as first:
+            work(first)
+            first.flush()
+            second = again.submit(patiently, work)
+            time.sleep(0.5)
+            assert not second.done()
+            first.commit()
+            return second.result()
+
+    monkeypatch.setattr(pipeline, "patiently", uncertain)
+    tasks.train(job_id)
+    job = job_of(job_id)
+    assert job.status == "succeeded", job.error
+    assert storage.exists(f"checkpoints/{job.best_checkpoint_id}.tar")
 
 
 @pytest.mark.parametrize("move", ["cancel", "pause"])
