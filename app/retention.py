@@ -253,7 +253,8 @@ def sweep_files(storage: Storage, *, dry_run: bool = False) -> list[str]:
 
     A row comes after its file, so a file counts only once its id is older than `orphan_grace_seconds`.
     """
-    orphans, halves = list(_orphans(storage)), storage.abandoned(settings().orphan_grace_seconds)
+    orphans, grace = list(_orphans(storage)), settings().orphan_grace_seconds
+    halves = [path for folder in FOLDERS for path in storage.abandoned(folder, grace)]
     if not dry_run:
         for key in orphans:
             storage.delete_all(key)
@@ -291,9 +292,10 @@ FOLDERS: dict[str, type[Dataset | Upload | LabelSet | Job | Checkpoint]] = {
 
 def _with_rows(storage: Storage, folder: str, owner: Any) -> Iterator[tuple[str, Any]]:
     """The entries of a folder that are named by an id, each with its row or None."""
-    names = [name for name in storage.names(folder) if ID.match(name)]
+    ids_by_name = {name: name.removesuffix(".tar") for name in storage.names(folder)}
+    names = [name for name, id in ids_by_name.items() if ID.fullmatch(id)]
     for start in range(0, len(names), BATCH):
-        ids = {name: name.removesuffix(".tar") for name in names[start : start + BATCH]}
+        ids = {name: ids_by_name[name] for name in names[start : start + BATCH]}
         with session_scope() as session:
             rows = {row.id: row for row in session.scalars(select(owner).where(owner.id.in_(ids.values())))}
             for name, id in ids.items():

@@ -18,10 +18,13 @@ import fsspec
 import structlog
 from fsspec.exceptions import FSTimeoutError
 
+from app import spool
 from app.config import settings
 from app.errors import FULL, StorageAway, StorageRefuses
 
 KEY = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*(/[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*)*")
+HALF = re.compile(r"\.[a-z0-9_]{8}")
+"""Names that tempfile gives to the files that put() has begun."""
 COPY_BYTES = 1024 * 1024
 PART_BYTES = 5 * COPY_BYTES
 """What files go to S3 and come from it in, the least that it takes: a part, unlike a file, has a time to arrive in."""
@@ -92,8 +95,8 @@ class Storage:
 
     def put_bytes(self, key: str, content: bytes, *, confirm: Callable[[], object] = lambda: None) -> None:
         """Store a small file. `confirm` as in put()."""
-        with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
-            file = Path(directory) / "content"
+        with spool.directory() as directory:
+            file = directory / "content"
             file.write_bytes(content)
             self.put(key, file, confirm=confirm)
 
@@ -122,12 +125,16 @@ class Storage:
             return []
         return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
 
-    def abandoned(self, seconds: float) -> list[Path]:
-        """Files that a process which died in put() left half-written at least so long ago; only a local storage has any."""
+    def abandoned(self, prefix: str, seconds: float) -> list[Path]:
+        """Files under `prefix/` that a process which died in put() left half-written at least so long ago.
+
+        Only a local storage has any.
+        """
         if not self.is_local:
             return []
         limit = time.time() - seconds
-        return [path for path in Path(self.root).rglob(".*") if path.is_file() and path.stat().st_mtime < limit]
+        hidden = (path for path in Path(self._path(prefix)).rglob(".*") if HALF.fullmatch(path.name))
+        return [path for path in hidden if path.is_file() and path.stat().st_mtime < limit]
 
     def delete(self, key: str) -> None:
         """Remove a file; it may be gone already."""
@@ -148,8 +155,8 @@ class Storage:
                 raise FileNotFoundError(key)
             yield Path(path)
             return
-        with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
-            copy = Path(directory) / Path(key).name
+        with spool.directory() as directory:
+            copy = directory / Path(key).name
             with self._telling():
                 self.filesystem.get_file(path, str(copy))
             yield copy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tarfile
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from app import ledger, predictions, records
-from app.config import settings
+from app import ledger, predictions, records, spool
 from app.models import Checkpoint, Dataset, Job, new_id
 from app.storage import Storage, sha256_of
 from workers.model_card import model_card
@@ -99,8 +97,8 @@ def write_ledger(
     ):
         columns[name] = pa.array(values, pa.float32(), mask=np.isnan(values))
     table = pa.table({name: columns[name] for name in ledger.SCHEMA.names}).cast(ledger.SCHEMA)
-    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
-        path = Path(directory) / "samples.parquet"
+    with spool.directory() as directory:
+        path = directory / "samples.parquet"
         pq.write_table(table, path, row_group_size=LEDGER_GROUP_ROWS, compression="zstd")
         files.put(ledger.key(job_id), path, confirm=confirm)
 
@@ -130,8 +128,8 @@ def write_predictions(
             "teacher": names(np.full_like(student, np.nan) if teacher is None else teacher),
         }
     ).cast(predictions.SCHEMA)
-    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
-        path = Path(directory) / "predictions.parquet"
+    with spool.directory() as directory:
+        path = directory / "predictions.parquet"
         pq.write_table(table, path, compression="zstd")
         files.put(predictions.key(job_id), path, confirm=confirm)
 
@@ -167,8 +165,8 @@ def publish_checkpoint(
     calibration.json and manifest.json with the SHA-256 of every other file.
     """
     checkpoint_id = new_id("ckpt")
-    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as place:
-        folder = Path(place) / "checkpoint"
+    with spool.directory() as place:
+        folder = place / "checkpoint"
         folder.mkdir()
         save_student(student, folder)
         check()
@@ -185,7 +183,7 @@ def publish_checkpoint(
         (folder / "manifest.json").write_text(json.dumps({"files": _digests(folder)}, indent=2) + "\n")
         digests = _digests(folder)
         check()
-        packed = Path(place) / "checkpoint.tar"
+        packed = place / "checkpoint.tar"
         _pack(folder, packed)
         check()
         checkpoint = Checkpoint(

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ import structlog
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app import labels, pretrained, shards
+from app import labels, pretrained, shards, spool
 from app.config import settings
 from app.db import AWAY, patiently, session_scope
 from app.errors import StorageAway
@@ -604,8 +602,8 @@ def gate_bill(label_set_id: str) -> str:
 
 
 def _store(files: Storage, shard: LabelShard, table: pa.Table) -> None:
-    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
-        path = Path(directory) / "part.parquet"
+    with spool.directory() as directory:
+        path = directory / "part.parquet"
         pq.write_table(table, path, compression="zstd")
         files.put(shard.key, path)
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -15,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import limits, records, retention
+from app import limits, records, retention, spool
 from app.api.deps import (
     IdempotencyDep,
     KeyDep,
@@ -170,11 +168,8 @@ async def create_dataset(
     idempotency_key: IdempotencyDep = None,
 ) -> Response:
     """Upload a dataset. Every row is checked; one answer names all that is wrong, line by line."""
-    with (
-        limits.uploading(key),
-        TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory,
-    ):
-        path = Path(directory) / "upload"
+    with limits.uploading(key), spool.directory() as directory:
+        path = directory / "upload"
         file = await receive(request, path, name=options.name, most_bytes=settings.max_upload_bytes)
         return await run_in_threadpool(_store, request, key, storage, settings, options, file, idempotency_key)
 

@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -25,7 +24,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from app import limits, records
+from app import limits, records, spool
 from app.api.datasets import DatasetRead, UploadOptions, stored_rows
 from app.api.deps import (
     IdempotencyDep,
@@ -208,11 +207,8 @@ async def add_part(
     """Send a part. Sent again it does no harm; sent again with other bytes, it replaces the first."""
     expected = _sha256_of(content_digest)
     await run_in_threadpool(_refuse_unless_pending, upload_id, key.tenant)
-    with (
-        limits.uploading(key),
-        TemporaryDirectory(prefix="part-", dir=settings.spool_dir) as directory,
-    ):
-        path = Path(directory) / "part"
+    with limits.uploading(key), spool.directory() as directory:
+        path = directory / "part"
         size, sha256 = await receive_part(request, path, most_bytes=settings.max_part_bytes)
         if size == 0:
             raise EmptyFile("The part is empty.")
@@ -289,8 +285,8 @@ def _complete(upload_id: str, tenant: str, storage: Storage, settings: Settings,
             return DatasetRead.model_validate(owned(session, Dataset, upload.dataset_id or "", tenant))
         parts = _in_order(_pending(upload), wish.part_ids)
     options = UploadOptions(name=upload.name, **upload.options)
-    with TemporaryDirectory(prefix="upload-", dir=settings.spool_dir) as directory:
-        file = _assembled(upload, parts, storage, Path(directory) / "upload")
+    with spool.directory() as directory:
+        file = _assembled(upload, parts, storage, directory / "upload")
         for expected in (upload.sha256, wish.sha256):
             if expected not in (None, file.sha256):
                 raise DigestMismatch(

@@ -133,7 +133,11 @@ class Spool:
 
 
 async def _pump(chunks: AsyncIterator[bytes], take: Callable[[bytes], None], spool: Spool) -> None:
+    sent = 0
     async for chunk in chunks:
+        sent += len(chunk)
+        if sent > spool.most_bytes + MULTIPART_OVERHEAD_BYTES:  # what a form holds around its file counts too
+            raise _too_large(spool.most_bytes)
         take(chunk)
         if len(spool.waiting) >= WRITE_BYTES:
             await run_in_threadpool(spool.flush)

@@ -142,6 +142,16 @@ def test_an_upload_over_the_limit_is_cut_off_while_it_streams(
     answer = client.post("/datasets", content=chunks(), headers=NDJSON)
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
 
+    def form() -> Iterator[bytes]:
+        """A small file, and bytes without end behind the form."""
+        head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        yield head + JSONL + b"\r\n--x--\r\n"
+        for _ in range(100):
+            yield b"x" * 10_000
+
+    answer = client.post("/datasets", content=form(), headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+
 
 def test_another_tenant_sees_nothing(client: TestClient, other_client: TestClient) -> None:
     dataset_id = client.post("/datasets", content=JSONL, headers=NDJSON).json()["id"]

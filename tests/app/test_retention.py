@@ -205,7 +205,13 @@ def test_the_file_sweep_takes_what_no_row_names_and_nothing_else(client: TestCli
         f"checkpoints/ckpt_{old}.tar", f"uploads/up_{old}/part_{old}", f"uploads/{upload}/part_{old}",
         f"labels/{job.label_set_id}/part-000000-0.parquet", f"jobs/{job.id}/resume/state.safetensors",
     }  # fmt: skip
-    others = {f"datasets/ds_{fresh}/rows.parquet", f"checkpoints/ckpt_{fresh}.tar", "backups/mine.txt", "jobs/notes/a"}
+    others = {
+        f"datasets/ds_{fresh}/rows.parquet",
+        f"checkpoints/ckpt_{fresh}.tar",
+        "backups/mine.txt",
+        "jobs/notes/a",
+        f"datasets/ds_{old}.kept/rows.parquet",
+    }
     put(storage, *orphans, *others)
     assert len(retention.sweep_files(storage, dry_run=True)) == len(orphans)
     assert files(storage) == named | orphans | others
@@ -227,13 +233,15 @@ def test_the_answers_of_a_shard_that_is_tried_again_are_no_orphan(client: TestCl
 
 def test_files_left_half_written_are_removed_once_they_are_old(client: TestClient, storage: Storage) -> None:
     put(storage, "datasets/x/rows.parquet")
-    old, fresh = (Path(storage.root) / "datasets" / "x" / name for name in (".tmpold", ".tmpnew"))
-    for path in (old, fresh):
+    old, fresh = (Path(storage.root) / "datasets" / "x" / name for name in (".old45678", ".new45678"))
+    others = [Path(storage.root) / name for name in (".bashrc_1", "datasets/.nfs000000000001", "mine/.old45678")]
+    for path in (old, fresh, *others):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 90_000,) * 2)
+        os.utime(path, (time.time() - (0 if path == fresh else 90_000),) * 2)
     assert retention.sweep_files(storage) == [str(old)]
     assert not old.exists()
-    assert fresh.exists()
+    assert all(path.exists() for path in (fresh, *others)), "what is hidden is not always ours"
 
 
 def test_the_command_lists_what_it_would_remove(client: TestClient, storage: Storage) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from app import lifecycle
+from app import lifecycle, spool
 from app.config import settings
 from app.db import session_scope
 from app.models import Job, JobEvent
@@ -161,6 +161,30 @@ def test_a_worker_without_room_fails_the_job_leaves_no_half_file_and_retry_goes_
     tasks.train(job_id)
     assert job_of(job_id).status == "succeeded"
     audited(storage)  # and its student is, to the bit, that of the undisturbed job
+
+
+def test_what_a_killed_process_left_in_the_spool_is_removed_by_another(
+    database: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings(), "spool_dir", tmp_path)
+
+    def work(signal_number: int) -> None:
+        with spool.directory() as directory:
+            (directory / "half.tar").write_bytes(b"x" * 1000)
+            os.kill(os.getpid(), signal_number)
+
+    assert harmed(lambda: work(signal.SIGKILL)) == KILLED
+    [left] = tmp_path.iterdir()
+    frozen = fork(lambda: work(signal.SIGSTOP))
+    wait_until(lambda: len(list(tmp_path.glob("*/half.tar"))) == 2)
+    for directory in tmp_path.iterdir():
+        os.utime(directory, (0, 0))
+    spool.sweep()
+    assert not left.exists()
+    assert len(list(tmp_path.iterdir())) == 1, "what is in use stays, however old it is"
+    os.kill(frozen, signal.SIGCONT)
+    assert ended(frozen) == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_that_was_frozen_past_its_lease_stops_at_its_next_step_and_writes_nothing(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.config import settings
+from app import spool
 from app.storage import Storage
 from workers.training.run import EpochCount, Interval, Ledger, Progress, Run
 
@@ -66,8 +64,8 @@ def save(run: Run, files: Storage, job_id: str, confirm: Callable[[], object] = 
         "python_random": [version, list(python_state), gauss],
         "numpy_random": [name_, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
-    with tempfile.TemporaryDirectory(dir=settings().spool_dir) as directory:
-        path = Path(directory) / "state.safetensors"
+    with spool.directory() as directory:
+        path = directory / "state.safetensors"
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             path,
