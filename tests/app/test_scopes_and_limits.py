@@ -271,7 +271,7 @@ def test_uploads_at_once_are_limited_per_tenant(database: Engine) -> None:
         answer = client_with(max_uploads_at_once=2).post("/datasets", content=ROWS, headers=JSONL)
         assert (answer.status_code, answer.json()["code"]) == (429, "too_many_uploads")
         assert int(answer.headers["retry-after"]) > 0
-    assert not limits._uploading
+    assert not limits._at_once
     assert client_with(max_uploads_at_once=1).post("/datasets", content=ROWS, headers=JSONL).status_code == 201
 
 
