@@ -103,57 +103,15 @@ def run_job(job: Job, report: Reporter) -> None:
         if is_mended and _end_wave(job, waves.shown(wave, probabilities, None), report):
             return
         raise
-    student = _encoder(material, material.spec.student)
-    _tell_parameters(student, report)
-    teacher, assistant, teacher_tokens = None, None, None
-    if isinstance(material.spec.method, TaughtByEncoder):
-        teacher = _encoder(material, material.spec.method.teacher)
-        _tell_parameters(teacher, report, "teacher")
-        if isinstance(material.spec.method, PKD):
-            _refuse_other_widths(teacher, student)
-        if isinstance(material.spec.method, TAKD):
-            assistant = _assistant(material, material.spec.method, teacher, student)
-            _tell_parameters(assistant, report, "assistant")
-        if not _read_alike(teacher, student):
-            teacher_tokens = _tokenise(teacher, material, report)
-    tokens = _tokenise(student, material, report)
-
-    def held(split: str, rows: NDArray[np.int64]) -> HeldOut:
-        gold = _indices(material, split)[rows] if split == "validation" else probabilities[rows].argmax(axis=1)
-        return HeldOut(tokens[split], rows, gold, teacher_tokens[split] if teacher_tokens else None)
-
-    held_out = held("validation" if "validation" in material.datasets else "train", splits.validation)
-    if "validation" not in material.datasets:
-        report.event(
-            "training.held_back",
-            f"There is no validation set, so {len(splits.validation)} pseudo-labeled rows are held back to choose the checkpoint.",
-            rows=len(splits.validation),
-        )
-    feedback = None
-    if isinstance(material.spec.method, FeedsBack):
-        source = material.spec.method.feedback_from
-        feedback = held(source, splits.feedback)
-        report.event(
-            "training.feedback",
-            f"{len(splits.feedback)} rows of the {source} set give feedback to the teacher; they neither train nor choose the checkpoint.",
-            rows=len(splits.feedback), source=source,
-        )  # fmt: skip
-    pool_rows = splits.train
-    pool = Pool(
-        tokens["train"], torch.from_numpy(probabilities), pool_rows, splits.barred,
-        teacher_tokens["train"] if teacher_tokens else None, feedback,
-    )  # fmt: skip
-    barred = int(pool.barred[pool_rows].sum())
-    if barred:
-        report.event(
-            "training.barred", level="warning", rows=barred,
-            message=f"{barred} train rows also stand in the validation or test set; they are seen but never trained on.",
-        )  # fmt: skip
+    models = build_models(material, report)
+    pool, held_out = prepare_rows(material, probabilities, splits, models, report)
+    student, tokens = models.student, models.tokens
+    barred = int(pool.barred[pool.rows].sum())
 
     training = material.spec.training
     epochs = stretched(training.epochs, wave.rows, wave.of_rows, material.spec.labeling.waves)
     training = training.model_copy(update={"epochs": epochs})
-    run = begin(student, pool, material.spec.method, training, len(material.labels), teacher, assistant)
+    run = begin(student, pool, material.spec.method, training, len(material.labels), models.teacher, models.assistant)
     run.progress.wave = wave.number
     if resume.restore(run, files, job.id):
         report.event("training.resumed", f"Training goes on from step {run.progress.step}.", step=run.progress.step)
@@ -162,24 +120,22 @@ def run_job(job: Job, report: Reporter) -> None:
         resume.save(run, files, job.id, report.confirm)
         report.saved()
 
-    feedback_rows = splits.feedback if feedback is not None and feedback.tokens is tokens["train"] else None
+    feedback_rows = splits.feedback if pool.feedback is not None and pool.feedback.tokens is tokens["train"] else None
     # What an encoder teacher learned from, in its course or by its feedback, the student knows something of.
     taught_rows = np.zeros(0, np.int64) if feedback_rows is None else feedback_rows
     if run.courses:
-        taught_rows = np.concatenate([taught_rows, pool_rows[~pool.barred[pool_rows]]])
+        taught_rows = np.concatenate([taught_rows, pool.rows[~pool.barred[pool.rows]]])
 
     def write_ledger(run: Run) -> None:
         artifacts.write_ledger(
-            files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool_rows,
+            files, job.id, material.tables["train"], material.answers["train"], run.ledger, material.labels, pool.rows,
             feedback_rows, report.confirm,
         )  # fmt: skip
 
     work = (run, pool, held_out, material.labels, material.spec.method, training, report)
-    models = [student.model, *(companion.encoder.model for companion in run.companions.values())]
-    with together(how_many(), *work), interruptible(report, models):
-        distill(
-            *work, save=save, save_every_seconds=settings().resume_every_seconds, on_epoch=write_ledger
-        )  # fmt: skip
+    learning = [student.model, *(companion.encoder.model for companion in run.companions.values())]
+    with together(how_many(), *work), interruptible(report, learning):
+        distill(*work, save=save, save_every_seconds=settings().resume_every_seconds, on_epoch=write_ledger)
     report.selection(run.progress.selection())
     try:
         if material.spec.labeling.waves is not None:
@@ -346,6 +302,75 @@ def _refuse_an_empty_split(material: Material, splits: Splits) -> None:
             f"No labeled row is left in the {material.spec.method.feedback_from} set to give feedback; "
             "upload more rows, or choose another method.feedback_from.",
         )
+
+
+@dataclass(frozen=True)
+class Models:
+    """The student, the encoders that teach it, and what they read of every split."""
+
+    student: Student
+    tokens: dict[str, Tokens]
+    teacher: Student | None = None
+    assistant: Student | None = None
+    teacher_tokens: dict[str, Tokens] | None = None
+    """None: the teacher reads the student's."""
+
+
+def build_models(material: Material, report: Reporter) -> Models:
+    """The models of the job's method at their start. Raises WorkFailed where they do not fit each other."""
+    method = material.spec.method
+    student = _encoder(material, material.spec.student)
+    _tell_parameters(student, report)
+    if not isinstance(method, TaughtByEncoder):
+        return Models(student, _tokenise(student, material, report))
+    teacher = _encoder(material, method.teacher)
+    _tell_parameters(teacher, report, "teacher")
+    if isinstance(method, PKD):
+        _refuse_other_widths(teacher, student)
+    assistant = None
+    if isinstance(method, TAKD):
+        assistant = _assistant(material, method, teacher, student)
+        _tell_parameters(assistant, report, "assistant")
+    teacher_tokens = None if _read_alike(teacher, student) else _tokenise(teacher, material, report)
+    return Models(student, _tokenise(student, material, report), teacher, assistant, teacher_tokens)
+
+
+def prepare_rows(
+    material: Material, probabilities: NDArray[np.float32], splits: Splits, models: Models, report: Reporter
+) -> tuple[Pool, HeldOut]:
+    """The rows to train on, with those that give feedback, and the rows that choose the checkpoint."""
+    tokens, teacher_tokens = models.tokens, models.teacher_tokens
+
+    def held(split: str, rows: NDArray[np.int64]) -> HeldOut:
+        gold = _indices(material, split)[rows] if split == "validation" else probabilities[rows].argmax(axis=1)
+        return HeldOut(tokens[split], rows, gold, teacher_tokens[split] if teacher_tokens else None)
+
+    held_out = held("validation" if "validation" in material.datasets else "train", splits.validation)
+    if "validation" not in material.datasets:
+        report.event(
+            "training.held_back",
+            f"There is no validation set, so {len(splits.validation)} pseudo-labeled rows are held back to choose the checkpoint.",
+            rows=len(splits.validation),
+        )
+    feedback = None
+    if isinstance(material.spec.method, FeedsBack):
+        source = material.spec.method.feedback_from
+        feedback = held(source, splits.feedback)
+        report.event(
+            "training.feedback",
+            f"{len(splits.feedback)} rows of the {source} set give feedback to the teacher; they neither train nor choose the checkpoint.",
+            rows=len(splits.feedback), source=source,
+        )  # fmt: skip
+    if barred := int(splits.barred[splits.train].sum()):
+        report.event(
+            "training.barred", level="warning", rows=barred,
+            message=f"{barred} train rows also stand in the validation or test set; they are seen but never trained on.",
+        )  # fmt: skip
+    pool = Pool(
+        tokens["train"], torch.from_numpy(probabilities), splits.train, splits.barred,
+        teacher_tokens["train"] if teacher_tokens else None, feedback,
+    )  # fmt: skip
+    return pool, held_out
 
 
 def _encoder(material: Material, wish: StudentOptions) -> Student:

@@ -284,38 +284,19 @@ def begin(
     """A run at its first step. The random state of the process is set from the seed.
 
     teacher, assistant: the encoders of a method that trains them.
-    """  # fmt: skip
+    """
     torch.manual_seed(training.seed)
     rate = training.learning_rate or OTHER_LEARNING_RATE
-    companions, courses = {}, {}
+    companions: dict[str, Companion] = {}
+    courses: dict[str, Course] = {}
     if teacher is not None:
         assert isinstance(method, TaughtByEncoder)
-        own_rate = method.teacher.learning_rate or OTHER_LEARNING_RATE
-        if epochs := method.epochs_alone(training.epochs):
-            for part, encoder in {"teacher": teacher, "assistant": assistant}.items():
-                if encoder is not None:
-                    courses[part] = Course(make_optimizer(encoder, own_rate, training), own_rate, epochs)
-            if isinstance(method, RCO):
-                courses["teacher"].anchors_wanted = method.anchors
-            if assistant is not None:
-                courses["assistant"].taught_by = "teacher"
-                companions["assistant"] = Companion(
-                    assistant, make_optimizer(assistant, own_rate, training), own_rate, False
-                )
-        if isinstance(method, MetaDistill):
-            own_rate = method.meta_learning_rate
-        if isinstance(method, PESFKD):
-            own_rate = method.adapter_learning_rate or rate
-            teacher.model.adapter = Adapter(
-                teacher.model.config.hidden_size, method.adapter_size, classes, teacher.model.config.hidden_dropout_prob
-            ).to(teacher.model.device)
-            optimizer = torch.optim.AdamW(
-                teacher.model.adapter.parameters(), lr=own_rate, weight_decay=training.weight_decay, fused=True
-            )
-        else:
-            optimizer = make_optimizer(teacher, own_rate, training)
-        learns = isinstance(method, MetaDistill) or not isinstance(method, TeacherFirst)
-        companions["teacher"] = Companion(teacher, optimizer, own_rate, learns)
+        courses = _courses(method, training, teacher, assistant)
+        if assistant is not None:
+            own_rate = courses["assistant"].learning_rate
+            optimizer = make_optimizer(assistant, own_rate, training)
+            companions["assistant"] = Companion(assistant, optimizer, own_rate, learns=False)
+        companions["teacher"] = _teacher(teacher, method, training, rate, classes)
     if getattr(method, "zero_heads", False):
         for encoder in (student, *(companion.encoder for companion in companions.values())):
             for parameter in encoder.model.classifier.out_proj.parameters():
@@ -332,6 +313,38 @@ def begin(
         companions=companions,
         courses=courses,
     )
+
+
+def _courses(
+    method: TaughtByEncoder, training: Training, teacher: Student, assistant: Student | None
+) -> dict[str, Course]:
+    """What teacher and assistant learn before the student does; none where all begin together."""
+    rate, epochs = method.teacher.learning_rate or OTHER_LEARNING_RATE, method.epochs_alone(training.epochs)
+    if not epochs:
+        return {}
+    courses = {"teacher": Course(make_optimizer(teacher, rate, training), rate, epochs)}
+    if isinstance(method, RCO):
+        courses["teacher"].anchors_wanted = method.anchors
+    if assistant is not None:
+        courses["assistant"] = Course(make_optimizer(assistant, rate, training), rate, epochs, taught_by="teacher")
+    return courses
+
+
+def _teacher(
+    teacher: Student, method: TaughtByEncoder, training: Training, student_rate: float, classes: int
+) -> Companion:
+    """The teacher beside the student, with what of it learns on."""
+    rate = method.teacher.learning_rate or OTHER_LEARNING_RATE
+    if isinstance(method, PESFKD):
+        rate, config = method.adapter_learning_rate or student_rate, teacher.model.config
+        adapter = Adapter(config.hidden_size, method.adapter_size, classes, config.hidden_dropout_prob)
+        teacher.model.adapter = adapter.to(teacher.model.device)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=rate, weight_decay=training.weight_decay, fused=True)
+        return Companion(teacher, optimizer, rate, learns=False)
+    if isinstance(method, MetaDistill):
+        rate = method.meta_learning_rate
+    learns = isinstance(method, MetaDistill) or not isinstance(method, TeacherFirst)
+    return Companion(teacher, make_optimizer(teacher, rate, training), rate, learns)
 
 
 class Adapter(nn.Module):
