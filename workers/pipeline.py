@@ -25,10 +25,10 @@ from app.storage import Storage, storage
 from app.waves import stretched
 from workers import artifacts, calibration, label_report, waves
 from workers.labeling import read_labels
-from workers.reporter import Reporter, Stopped
+from workers.reporter import Reporter, Stopped, asking
 from workers.training import resume
 from workers.training.data import Tokens, tokenise
-from workers.training.distill import asking, distill
+from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
 from workers.training.evaluation import Answers, Scores, calibrate, evaluate, predict_probabilities
 from workers.training.processes import how_many, together

@@ -53,6 +53,16 @@ class Report(Protocol):
     def check_within_step(self) -> None: ...
 
 
+def asking(report: Report) -> Callable[[], bool]:
+    """The report's question for whoever computes for long; Stopped and LeaseLost leave as they are."""
+
+    def should_stop() -> bool:
+        report.check()
+        return False
+
+    return should_stop
+
+
 class MemoryReporter:
     """A report kept in lists, for benchmarks, experiments and tests of a loop by itself."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from app.options import OTHER_LEARNING_RATE, TAKD, Method, Training
-from workers.reporter import Report
+from workers.reporter import Report, asking
 from workers.training import shares
 from workers.training.evaluation import agreement, predict_together
 from workers.training.fixed_teacher import distilled
@@ -99,14 +99,9 @@ def _take(
 
 def _score(course: Course, part: str, companion: Companion, held_out: HeldOut, report: Report) -> None:
     """Look at the held-out rows; keep the weights when they are the best so far."""
-
-    def should_stop() -> bool:
-        report.check()
-        return False
-
     model = companion.encoder.model
     tokens = held_out.teacher_tokens or held_out.tokens
-    probabilities = predict_together(model, tokens, held_out.rows, should_stop=should_stop)
+    probabilities = predict_together(model, tokens, held_out.rows, should_stop=asking(report))
     scores = agreement(torch.from_numpy(held_out.gold), probabilities)
     epoch = course.epoch + 1
     report.metrics(course.step, float(epoch), {f"fine_tuning_{name}/{part}": value for name, value in scores.items()})

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from app.options import OTHER_LEARNING_RATE, Method, Training
 from workers.algorithms.selection.rule import Signals, State
-from workers.reporter import Report, Stopped
+from workers.reporter import Report, Stopped, asking
 from workers.training import shares
 from workers.training.courses import take_courses
 from workers.training.dml import dml_step
@@ -158,16 +158,6 @@ def distill(
     model.eval()
     report.flush()
     return run
-
-
-def asking(report: Report) -> Callable[[], bool]:
-    """The report's question for predict_together; Stopped and LeaseLost leave as they are."""
-
-    def should_stop() -> bool:
-        report.check()
-        return False
-
-    return should_stop
 
 
 def supervised_step(run: Run, pool: Pool, method: Method, training: Training, lesson: Lesson) -> Learned:
