@@ -35,6 +35,7 @@ from workers.training.run import HeldOut, Pool, begin
 from workers.training.splits import choose, near_groups
 
 ARMS: dict[str, dict[str, Any]] = {
+    "student alone": {"kind": "no_selection"},
     "prokt": {"kind": "prokt"},
     "prokt, the authors' share": {"kind": "prokt", "distillation_share": 1.0},
     "prokt, share 1, heads drawn": {"kind": "prokt", "distillation_share": 1.0, "zero_heads": False},
