@@ -231,6 +231,10 @@ class Student(Options):
     """`scratch` only: size of the byte-level BPE vocabulary trained on the dataset."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout of hidden states, attention and the classification head."""
+    pooling: Literal["first", "mean"] | None = None
+    """What the start token, which the head reads, has at first: what the last layer was trained to give it (`first`), or the
+    mean of all tokens (`mean`), by attending to all alike. Null: `mean` where `num_layers` leaves layers of a pretrained
+    model out, since the start token of an inner layer says next to nothing of the text; else `first`."""
 
 
 # --- methods: the rows of LLKD's tables -----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ STUDENTS = {
     "scratch": options.Student(model="scratch", num_layers=2, hidden_size=128, max_length=64),
     options.DEFAULT_STUDENT: options.Student(max_length=64),
     "its first 3 layers": options.Student(num_layers=3, max_length=64),
-    "its first layer": options.Student(num_layers=1, max_length=64),
+    "its first layer": options.Student(num_layers=1, max_length=64, pooling="first"),
 }
 
 

@@ -92,6 +92,9 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=32, help="examples of each class that emotion's teacher is shown")
     parser.add_argument("--max-length", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of students and encoder teachers")
+    parser.add_argument(
+        "--pooling", choices=["first", "mean"], default="mean", help="of students of fewer layers than the teacher"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--data-dir", type=Path, default=ROOT / "build" / STEM)
     parser.add_argument("--data", nargs="*", default=[*PAIRS, "emotion"], choices=[*PAIRS, "emotion"])
@@ -154,7 +157,17 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that a figure depends on."""
-    names = ("rows", "validation_rows", "test_rows", "epochs", "batch_size", "shots", "max_length", "learning_rate")
+    names = (
+        "rows",
+        "validation_rows",
+        "test_rows",
+        "epochs",
+        "batch_size",
+        "shots",
+        "max_length",
+        "learning_rate",
+        "pooling",
+    )
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -171,7 +184,7 @@ def submit_all(client: Client, missing: list[Run], arguments: argparse.Namespace
         spec = {
             **specs[run["data"]],
             "method": wish,
-            "student": {**reads, "num_layers": layers},
+            "student": {**reads, "num_layers": layers, "pooling": size.pooling if layers < TEACHER_LAYERS else None},
             "training": {
                 "epochs": size.epochs, "batch_size": size.batch_size, "seed": run["seed"],
                 "learning_rate": size.learning_rate,

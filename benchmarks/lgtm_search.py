@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--student-layers", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--pooling", choices=["first", "mean"], help="of the student; by default what a job would take")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "lgtm-search.json")
@@ -77,7 +78,16 @@ def main() -> None:
         arms = {name: (ARMS[name], arguments.student_layers) for name in arguments.arms}
         tell_cost(arms, arguments.data, arguments, dict.fromkeys(arguments.data, arguments.validation_rows))
         return
-    names = ("rows", "validation_rows", "epochs", "batch_size", "student_layers", "max_length", "learning_rate")
+    names = (
+        "rows",
+        "validation_rows",
+        "epochs",
+        "batch_size",
+        "student_layers",
+        "max_length",
+        "learning_rate",
+        "pooling",
+    )
     record = Record(arguments.out, {name: getattr(arguments, name) for name in names})
     wanted = [
         {"data": name, "method": arm, "seed": seed}
@@ -89,7 +99,7 @@ def main() -> None:
         figures = one_run(
             run["data"], ARMS[run["method"]], run["seed"], rows=arguments.rows, epochs=arguments.epochs,
             layers=arguments.student_layers, max_length=arguments.max_length, learning_rate=arguments.learning_rate,
-            batch_size=arguments.batch_size, validation_rows=arguments.validation_rows,
+            batch_size=arguments.batch_size, validation_rows=arguments.validation_rows, pooling=arguments.pooling,
         )  # fmt: skip
         record.add({**run, **figures})
         print(json.dumps({**run, **figures}), flush=True)
@@ -148,6 +158,7 @@ def method_of(wish: dict[str, Any], teacher: dict[str, Any]) -> Any:
 def one_run(
     name: str, wish: dict[str, Any], seed: int, *, rows: int, epochs: int, layers: int, max_length: int,
     learning_rate: float, batch_size: int, validation_rows: int | None = None,
+    pooling: Literal["first", "mean"] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train one arm with one seed; the best macro-F1 of student and teacher on the validation rows, and what it took."""
     encoder: dict[str, Any] = {"max_length": max_length}
@@ -158,7 +169,8 @@ def one_run(
     source = pretrained.resolve(options.DEFAULT_STUDENT, purpose="student", roots=[], allow_hub=False)
 
     def build(layers: int | None) -> Student:
-        return build_student(options.Student(num_layers=layers, **encoder), names, [], None, source, seed)
+        wish = options.Student(num_layers=layers, pooling=None if layers is None else pooling, **encoder)
+        return build_student(wish, names, [], None, source, seed)
 
     student = build(layers)
     teacher = build(None) if isinstance(method, options.TaughtByEncoder) else None

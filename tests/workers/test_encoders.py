@@ -83,7 +83,7 @@ def test_the_carried_over_minilm_computes_what_minilm_computes(minilm: Student, 
 
 def test_any_bert_in_a_directory_is_carried_over_and_cut_to_its_first_layers(tmp_path: Path) -> None:
     original = tiny_bert(tmp_path / "bert")
-    wish = options.Student(model="bert", num_layers=2, max_length=128)
+    wish = options.Student(model="bert", num_layers=2, max_length=128, pooling="first")
     student = build_student(wish, LABELS, [], None, source("bert", tmp_path), 0)
     assert student.tokenizer.model_max_length == 40
     batch = tokenise(student.tokenizer, TEXTS, PAIRS).batch(np.arange(3))
@@ -92,6 +92,22 @@ def test_any_bert_in_a_directory_is_carried_over_and_cut_to_its_first_layers(tmp
         theirs = original(**batch, output_hidden_states=True).hidden_states[2]
     present = batch["attention_mask"].bool()
     assert ours[present].equal(theirs[present])
+
+
+def test_the_start_token_of_an_inner_layer_takes_up_the_text_and_other_tokens_stay_as_they_were() -> None:
+    """Of layers that are left out it says nothing; `mean` is a change of its last layer's queries alone."""
+
+    def states(student: Student) -> torch.Tensor:
+        batch = tokenise(student.tokenizer, [text + " and so on" for text in TEXTS], None).batch(np.arange(3))
+        with torch.no_grad():
+            return student.model.roberta(**batch).last_hidden_state[:, :5]
+
+    first, mean = states(bundled(num_layers=3, pooling="first")), states(bundled(num_layers=3, pooling="mean"))
+    spread = [found[:, 0].std(dim=0).norm() for found in (first, mean)]
+    assert spread[1] > 10 * spread[0]
+    assert (mean[:, 1:] - first[:, 1:]).norm() < 0.2 * first[:, 1:].norm()
+    assert equal(weights(bundled(num_layers=3)), weights(bundled(num_layers=3, pooling="mean")))
+    assert equal(weights(bundled()), weights(bundled(num_layers=6, pooling="first")))
 
 
 def test_a_roberta_in_a_directory_keeps_its_encoder_and_gets_a_new_head(tmp_path: Path) -> None:

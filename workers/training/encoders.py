@@ -66,9 +66,9 @@ def build_student(
     if source.kind == "scratch":
         corpus = texts if pairs is None else chain.from_iterable(zip(texts, pairs, strict=True))
         tokenizer = _train_tokenizer(corpus, wish)
-        config, weights = _scratch_config(wish, tokenizer), None
+        config, weights, is_cut = _scratch_config(wish, tokenizer), None, False
     else:
-        config, weights = _pretrained_encoder(source, wish.num_layers)
+        config, weights, is_cut = _pretrained_encoder(source, wish.num_layers)
         tokenizer = _pretrained_tokenizer(source, config, wish.max_length)
     config.update(_classification(labels, wish.dropout))
     with torch.random.fork_rng():
@@ -76,7 +76,22 @@ def build_student(
         model = RobertaForSequenceClassification(config)
     if weights is not None:
         model.roberta.load_state_dict(weights)
+    if wish.pooling == "mean" or (wish.pooling is None and is_cut):
+        _attend_evenly(model.eval(), tokenizer)
     return Student(model.eval(), tokenizer, source)
+
+
+def _attend_evenly(model: RobertaForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the start token of the last layer attend to all tokens alike, so that its state takes up their mean.
+
+    A query of zero scores every key alike. With h the start token's state below the last layer, which hardly depends on
+    the text where it says nothing of it, W h + b = 0 takes a change of rank one, W - (W h + b) hᵀ / hᵀh: other tokens'
+    queries change by as much as their states resemble h. h is taken from the empty text.
+    """
+    with torch.no_grad():
+        below = model.roberta(**tokenizer("", return_tensors="pt"), output_hidden_states=True).hidden_states[-2][0, 0]
+        query = model.roberta.encoder.layer[-1].attention.self.query
+        query.weight -= torch.outer(query.weight @ below + query.bias, below) / below.dot(below)
 
 
 def save_student(student: Student, directory: Path) -> None:
@@ -120,12 +135,13 @@ def _place(source: Source) -> str:
     return str(source.path)
 
 
-def _pretrained_encoder(source: Source, num_layers: int | None) -> tuple[RobertaConfig, dict[str, Tensor]]:
-    """The config of a RoBERTa with the source's first layers, and the weights of its encoder."""
+def _pretrained_encoder(source: Source, num_layers: int | None) -> tuple[RobertaConfig, dict[str, Tensor], bool]:
+    """The config of a RoBERTa with the source's first layers, the weights of its encoder, and whether layers are left out."""
     place = _place(source)
     config = AutoConfig.from_pretrained(place, **_safe(source))
     if config.model_type not in pretrained.STUDENT_MODEL_TYPES:
         raise ModelUnresolvable(f"{source.name!r} is of type {config.model_type!r}; a student must be RoBERTa or BERT.")
+    is_cut = num_layers is not None and num_layers < config.num_hidden_layers
     if num_layers is not None:
         config.num_hidden_layers = num_layers
     encoder_class = BertModel if config.model_type == "bert" else RobertaModel
@@ -141,8 +157,8 @@ def _pretrained_encoder(source: Source, num_layers: int | None) -> tuple[Roberta
     if loading["missing_keys"]:
         raise ModelUnresolvable(f"{source.name!r} lacks weights: {', '.join(sorted(loading['missing_keys'])[:5])}.")
     if config.model_type == "roberta":
-        return config, encoder.state_dict()
-    return _as_roberta(config), _shift_positions(encoder.state_dict(), config.pad_token_id)
+        return config, encoder.state_dict(), is_cut
+    return _as_roberta(config), _shift_positions(encoder.state_dict(), config.pad_token_id), is_cut
 
 
 def _as_roberta(bert: BertConfig) -> RobertaConfig:
