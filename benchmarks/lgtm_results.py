@@ -376,12 +376,13 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
         mine = [run for run in runs if run["data"] == name]
         score = PAIRS.get(name, "macro-F1")
         losses, scores = panels[0][column], panels[1][column]
-        for colour, method in enumerate(methods_of(name)):
+        drawn = methods_of(name) if name == "emotion" else DRAWN
+        for colour, method in enumerate(drawn):
             group = [run for run in mine if run["method"] == method]
-            if group and (method in DRAWN or name == "emotion"):
+            if group:
                 curves = zip(*(run["validation_loss"] for run in group), strict=True)
                 points = [(curve[0][0], means.mean(value for _, value in curve)) for curve in curves]
-                losses.plot(*zip(*points, strict=True), marker="o", color=f"C{colour % 10}", label=method)
+                losses.plot(*zip(*points, strict=True), marker="o", color=f"C{colour}", label=method)
         losses.set(title=name, xlabel="step", ylabel="validation loss")
         losses.legend(fontsize=7)
         shown = [method for method in methods_of(name) if any(run["method"] == method for run in mine)][::-1]
