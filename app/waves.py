@@ -45,7 +45,7 @@ def reason_to_stop(history: Sequence[dict[str, Any]], wish: Waves) -> str | None
 
     history: of each wave so far, in order, the train rows asked about up to it (`rows`), the validation macro-F1 from 0
     to 1 (`macro_f1`, None where nothing could be trained), what it gained at most, with CERTAINTY, over the wave
-    before that has a score (`gain_at_most`, None where there is none), and whether its labels were mixed otherwise than
+    before that has a score (`gain_at_most`, None where there is none, or its student is at chance), and whether its labels were mixed otherwise than
     those before (`drifted`).
     """
     last = history[-1]

@@ -95,7 +95,8 @@ class WaveRead(Read):
     macro_f1: float | None
     """On the validation rows; null where nothing could be trained."""
     gain_at_most: float | None = None
-    """How far it may be above the wave before in macro_f1, with 90 % certainty; null where there is none to compare with."""
+    """How far it may be above the wave before in macro_f1, with 90 % certainty; null where there is none to compare with, or
+    its student is still at chance."""
     drifted: bool
     """Whether its labels were mixed otherwise than those of the waves before."""
     seconds: float
