@@ -397,7 +397,7 @@ def stop(session: Session, job: Job) -> None:
         emit(session, job.id, "job.cancelled", "Cancelled.")
     elif job.status == "pausing":
         job.status, job.lease_expires_at, job.worker = "paused", None, None
-        emit(session, job.id, "job.paused", "Paused; its state is saved.")
+        emit(session, job.id, "job.paused", "Paused; it goes on from its saved state.")
     else:
         requeue(session, job)
         emit(session, job.id, "job.requeued", "The worker is shutting down; another goes on from the saved state.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import threading
 from typing import Any
 
@@ -40,10 +42,33 @@ def _ask_to_stop(**_: Any) -> None:
     stopping.set()
 
 
+_is_worker = threading.Event()
+
+
+@worker_ready.connect
+def _note_worker(**_: Any) -> None:
+    _is_worker.set()
+
+
 @worker_ready.connect
 @worker_process_init.connect
 def _set_up(**_: Any) -> None:
     configure_logging()
+
+
+def begin_anew() -> None:
+    """Replace this worker by a fresh one, in the same process: nothing else ends what hangs in one of its threads.
+
+    Does nothing where the caller is no worker. A worker that was asked to shut down ends instead.
+    """
+    if not _is_worker.is_set():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not stopping.is_set():
+        with contextlib.suppress(OSError):
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    os._exit(1)
 
 
 def worker_name() -> str:

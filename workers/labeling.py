@@ -132,7 +132,7 @@ def _judge(
             labels.renew_claims(session, owner, settings().lease_seconds)
         return None
 
-    with Heartbeat(renew) as heartbeat:
+    with Heartbeat(renew, lambda session: None) as heartbeat:
 
         def should_stop() -> bool:
             return heartbeat.lost.is_set() or stopping.is_set()
@@ -229,7 +229,7 @@ def label_shard(job: Job, label_set: LabelSet, dataset: Dataset, shard: LabelSha
                 labels.renew_claims(session, answers.owner, settings().lease_seconds)
         return status
 
-    with Heartbeat(renew) as heartbeat:
+    with Heartbeat(renew, partial(shards.release, shard=shard, call=True)) as heartbeat:
 
         def should_stop() -> bool:
             return heartbeat.lost.is_set() or heartbeat.status == "paused" or stopping.is_set()

@@ -68,7 +68,7 @@ def _try(taken: Measurement, should_stop: Any) -> tuple[dict[str, Any], str]:
         with session_scope() as session:
             labels.renew_claims(session, taken.id, settings().lease_seconds)
 
-    with Heartbeat(renew):
+    with Heartbeat(renew, lambda session: None):
         warm = min(WARM_UP_ROWS, len(rows) // 2)
         answers.ask(range(warm))
         timed_from, asked_before = time.monotonic(), _asked(answers)

@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session
 
 from app import lifecycle
 from app.config import settings
-from app.db import AWAY, PATIENCE_SECONDS, patiently
+from app.db import AWAY, PATIENCE_SECONDS, patiently, session_scope
 from app.lifecycle import LeaseLost
 from app.models import PHASES, Job, JobPhase
+from workers.celery_app import begin_anew
 
 log = structlog.get_logger()
 
@@ -27,9 +28,12 @@ RENEW_SECONDS = 2.0
 FLUSH_SECONDS = 2.0
 HOLD_SECONDS = 4.0
 """How long the owner of a job who wants it to stop waits for the end of a step: with RENEW_SECONDS less than the 10 promised."""
-CANCEL_SECONDS = 60.0
-"""How long a worker may take to notice that its job is to be cancelled. Then it lets go of the job, whatever it hangs in: the lease
-runs out, and the sweep ends the job."""
+UNHEARD_SECONDS = 6.5
+"""How long work may go on that should end: it loads a model, or saves a large state, or hangs. Then the worker begins anew."""
+
+
+ENDING = ("pausing", "paused", "cancelling")
+"""What a renewal may say of work that should end."""
 
 
 class Stopped(Exception):
@@ -94,11 +98,13 @@ class MemoryReporter:
 class Heartbeat:
     """Calls `renew` every couple of seconds from a thread of its own until the block ends.
 
-    `lost` is set once `renew` raises LeaseLost; a database that is away is asked again.
+    `lost` is set once `renew` raises LeaseLost; a database that is away is asked again. Work that should end, because its
+    owner says so or it is another's now, and does not for UNHEARD_SECONDS cannot be reached: `let_go` is to record that it
+    was stopped, and the worker begins anew.
     """
 
-    def __init__(self, renew: Callable[[], str | None]) -> None:
-        self.renew = renew
+    def __init__(self, renew: Callable[[], str | None], let_go: Callable[[Session], None]) -> None:
+        self.renew, self._let_go = renew, let_go
         self.status = "running"
         self.lost = threading.Event()
         self._good_until = time.monotonic() + settings().lease_seconds
@@ -135,20 +141,36 @@ class Heartbeat:
 
     def _beat(self) -> None:
         interval = min(RENEW_SECONDS, settings().lease_seconds / 3)
-        cancelled_at: float | None = None
-        while not self._ended.wait(interval):
-            if self.status == "cancelling":
-                cancelled_at = cancelled_at or time.monotonic()
-                if time.monotonic() - cancelled_at > CANCEL_SECONDS:
-                    log.error("cancel_not_noticed", seconds=CANCEL_SECONDS)
-                    self.lost.set()
-                    return
-            try:
-                self.confirm()
-            except LeaseLost:
+        asked_at: float | None = None
+        while not self._ended.wait(interval if asked_at is None else min(interval, 0.5)):
+            if not self.lost.is_set():
+                try:
+                    self.confirm()
+                except LeaseLost:
+                    pass  # the work learns it from `lost`
+                except SQLAlchemyError as error:
+                    log.warning("lease_not_renewed", error=str(error))
+            if not self.lost.is_set() and self.status not in ENDING:
+                asked_at = None
+                continue
+            asked_at = asked_at or time.monotonic()
+            if time.monotonic() - asked_at > UNHEARD_SECONDS:
+                self._give_up()
                 return
+
+    def _give_up(self) -> None:
+        log.error("work_does_not_end", status=self.status, seconds=UNHEARD_SECONDS)
+        if not self.lost.is_set():
+            self.lost.set()
+            try:
+                with session_scope() as session:
+                    self._let_go(session)
+            except LeaseLost:
+                pass  # it ended just now
             except SQLAlchemyError as error:
-                log.warning("lease_not_renewed", error=str(error))
+                log.warning("not_let_go", error=str(error))  # the lease runs out, and the sweep sees to it
+        if not self._ended.is_set():
+            begin_anew()
 
     def __enter__(self) -> Heartbeat:
         self._thread.start()

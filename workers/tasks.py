@@ -94,7 +94,10 @@ def claimed(job_id: str) -> Iterator[tuple[Job, Reporter] | None]:
         with session_scope() as session:
             return lifecycle.renew(session, job_id, attempt)
 
-    with Heartbeat(renew) as heartbeat:
+    def let_go(session: Session) -> None:
+        lifecycle.stop(session, lifecycle.held(session, job_id, attempt))
+
+    with Heartbeat(renew, let_go) as heartbeat:
         try:
             yield job, Reporter(job_id, attempt, heartbeat, stopping)
         except Exception as error:

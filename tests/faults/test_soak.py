@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from tests.faults.auditor import audit
 from tests.faults.service import Service
 from tests.faults.soak import Rain, Work
-from tests.support import wait_until
+from tests.support import sentences, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,6 @@ def service() -> Iterator[Service]:
 
 
 def test_jobs_outlive_the_loss_of_every_part_and_end_in_the_same_weights(service: Service) -> None:
-    import random
-
     luck = random.Random(3)
     work, rain = Work(service, luck, epochs=6), Rain(service, luck, lambda line: None)
     spec = work.specs[0]
@@ -53,3 +53,31 @@ def test_jobs_outlive_the_loss_of_every_part_and_end_in_the_same_weights(service
     assert found.wrong == []
     assert found.jobs == {"succeeded": 2}
     assert [len(digests) for digests in found.students.values()] == [1]
+
+
+@pytest.mark.parametrize(("move", "end"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_a_job_whose_worker_cannot_hear_stops_within_ten_seconds_and_frees_it(
+    service: Service, move: str, end: str
+) -> None:
+    """For half a minute the worker makes a tokenizer, which nothing in its process can break off."""
+    luck = random.Random(5)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    rows = [{"text": "".join(luck.choices(letters, k=4000)), "label": row["label"]} for row in sentences(800, 1)]
+    student = {"model": "scratch", "num_layers": 1, "hidden_size": 32, "max_length": 24}
+    spec = {"teacher": {"kind": "dataset"}, "method": {"kind": "no_selection"}, "training": {"epochs": 1}}
+    deaf = service.submit(
+        {**spec, "dataset_id": service.upload(rows), "student": {**student, "vocab_size": 8000}}, f"deaf-{end}"
+    )
+    service.wait(deaf, until=lambda job: job["phase"] == "training")
+    time.sleep(3)
+    assert service.job(deaf)["status"] == "running"
+    asked = time.monotonic()
+    assert service.call("POST", f"/jobs/{deaf}/{move}").status_code == 202
+    service.wait(deaf, 20, until=lambda job: job["status"] == end)
+    assert time.monotonic() - asked < 10
+
+    small = {**student, "vocab_size": 300}
+    after = service.submit({**spec, "dataset_id": service.upload(sentences(12, 2)), "student": small}, f"after-{end}")
+    assert service.wait(after, 60)["status"] == "succeeded"
+    assert service.workers[0].is_running
+    assert "work_does_not_end" in service.workers[0].log.read_text()

@@ -59,8 +59,8 @@ METHODS: list[options.Method] = [
         {"kind": "random", "ratio": 0.55},
         {"kind": "softmatch"},
         {"kind": "prokt"},
-        {"kind": "lgtm", "influence_every": 2, "mode": "weighted"},
-        {"kind": "llkd_lgtm", "influence": "finite_difference", "influence_dropout": True},
+        {"kind": "lgtm", "influence_every": 2, "mode": "weighted", "teacher_epochs": 0},
+        {"kind": "llkd_lgtm", "influence": "finite_difference", "influence_dropout": True, "teacher_epochs": 0},
     )
 ]
 TEACHER_FIRST: list[options.Method] = [
@@ -588,25 +588,22 @@ def test_a_worker_that_is_older_than_the_job_says_so_and_the_job_can_be_retried(
     assert run(job_id).status == "succeeded"
 
 
-def test_a_job_is_cancelled_although_its_worker_hangs(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("move", "end"), [(lifecycle.cancel, "cancelled"), (lifecycle.pause, "paused")])
+def test_a_job_stops_although_its_worker_hangs(
+    database: Engine, monkeypatch: pytest.MonkeyPatch, move: Callable[[Session, Job], None], end: str
+) -> None:
     monkeypatch.setattr(reporter, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(reporter, "CANCEL_SECONDS", 0.2)
-    monkeypatch.setattr(settings(), "lease_seconds", 0.5)
+    monkeypatch.setattr(reporter, "UNHEARD_SECONDS", 0.2)
     job_id = submit(tiny_spec(add_dataset(sentences(12, 1))))
     label(job_id)
-
-    def is_cancelled() -> bool:
-        with session_scope() as session:
-            lifecycle.sweep(session, set())
-        return job_of(job_id).status == "cancelled"
-
     with tasks.claimed(job_id) as held:
         assert held is not None
         with session_scope() as session:
-            lifecycle.cancel(session, session.get_one(Job, job_id))
-        wait_until(is_cancelled, what="the sweep ends the job while this thread does nothing for it")
+            move(session, session.get_one(Job, job_id))
+        wait_until(lambda: job_of(job_id).status == end, what="the job to stop while this thread does nothing for it")
         with pytest.raises(lifecycle.LeaseLost):
             held[1].check()
+    assert job_of(job_id).status == end
 
 
 def test_a_checkpoint_outlives_a_commit_whose_answer_was_lost_while_it_was_being_done(
