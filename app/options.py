@@ -385,12 +385,13 @@ class TaughtTogether(ByDistance):
     """Share of the distance to the student in the teacher's loss; the rest is cross-entropy with the label."""
     zero_heads: bool = True
     """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
-    teacher_epochs: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Epochs in which the teacher is fine-tuned on the train rows before the student begins; 0: they begin together."""
+    teacher_epochs: Annotated[int, Field(ge=0, le=1000)] | None = 0
+    """Epochs in which the teacher is fine-tuned on the train rows before the student begins; 0: they begin together;
+    null: as many as `training.epochs`."""
 
     def epochs_alone(self, epochs: int) -> int:
         """Epochs of the teacher before the student begins."""
-        return self.teacher_epochs
+        return epochs if self.teacher_epochs is None else self.teacher_epochs
 
 
 class ProKT(TaughtTogether):
@@ -429,6 +430,11 @@ class FeedsBack(Options):
 class TaughtByInfluence(TaughtTogether, FeedsBack):
     """What LGTM adds to ProKT: rows held back for feedback, and how each row's influence on them steers the teacher."""
 
+    zero_heads: bool = False
+    """Start both models with the last layer of their heads at zero, so that both say nothing at first."""
+    teacher_epochs: Annotated[int, Field(ge=0, le=1000)] | None = None
+    """Epochs in which the teacher is fine-tuned on the train rows before the student begins; 0: they begin together, as
+    the authors have it; null: as many as `training.epochs`."""
     mode: Literal["official", "weighted", "meta"] = "official"
     """The teacher's loss: as the authors' code computes it, as their paper writes it, or influence alone."""
     influence_scale: Annotated[float, Field(ge=0, le=100_000)] = 1.0

@@ -34,15 +34,23 @@ from workers.training.encoders import Student, build_student
 from workers.training.run import HeldOut, Pool, begin
 from workers.training.splits import choose, near_groups
 
+TOGETHER: dict[str, Any] = {"teacher_epochs": 0, "zero_heads": True}
+"""Teacher and student begin together, as the authors have it."""
 ARMS: dict[str, dict[str, Any]] = {
     "student alone": {"kind": "no_selection"},
+    "kd": {"kind": "kd"},
+    "meta_distill": {"kind": "meta_distill"},
+    "online": {"kind": "online"},
     "prokt": {"kind": "prokt"},
-    "prokt, the authors' share": {"kind": "prokt", "distillation_share": 1.0},
+    "prokt, share 1": {"kind": "prokt", "distillation_share": 1.0},
     "prokt, share 1, heads drawn": {"kind": "prokt", "distillation_share": 1.0, "zero_heads": False},
+    "prokt, teacher first": {"kind": "prokt", "teacher_epochs": None, "zero_heads": False},
     "official, scale 1": {"kind": "lgtm"},
+    "official, scale 1, together": {"kind": "lgtm", **TOGETHER},
     "official, scale 100": {"kind": "lgtm", "influence_scale": 100},
     "official, scale 1000": {"kind": "lgtm", "influence_scale": 1000},
     "official, scale 1000, every 4": {"kind": "lgtm", "influence_scale": 1000, "influence_every": 4},
+    "official, scale 1000, together": {"kind": "lgtm", "influence_scale": 1000, **TOGETHER},
     "weighted, scale 0.1": {"kind": "lgtm", "mode": "weighted", "influence_scale": 0.1},
     "weighted, scale 1": {"kind": "lgtm", "mode": "weighted"},
     "weighted, scale 10": {"kind": "lgtm", "mode": "weighted", "influence_scale": 10},

@@ -221,14 +221,15 @@ def test_biases_and_norms_are_not_decayed_and_each_model_has_its_own_rate() -> N
     assert theirs == pytest.approx(own / 4)
 
 
+@pytest.mark.parametrize("zero_heads", [True, False])
 @pytest.mark.parametrize("kind", ["online", "dml", "prokt", "lgtm", "llkd_lgtm"])
-def test_heads_begin_at_zero_where_the_method_says_so(kind: str) -> None:
-    chosen = method(kind=kind)
+def test_heads_begin_at_zero_where_the_method_says_so(kind: str, zero_heads: bool) -> None:
+    chosen = method(kind=kind, zero_heads=zero_heads)
     run, _, _ = prepared(chosen, options.Training(learning_rate=1e-3))
     for encoder in (run.student, run.companions["teacher"].encoder):
         said = {bool(parameter.any()) for parameter in encoder.model.classifier.out_proj.parameters()}
-        assert (said == {False}) == chosen.zero_heads  # type: ignore[union-attr]
-    assert chosen.zero_heads == (kind != "dml")  # type: ignore[union-attr]
+        assert (said == {False}) == zero_heads
+    assert method(kind=kind).zero_heads == (kind in ("online", "prokt"))  # type: ignore[union-attr]
 
 
 def feedback_of(size: int, number: int, seed: int = 0) -> list[int]:
