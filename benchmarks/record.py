@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,17 +105,26 @@ def _holds(whole: Any, part: Any) -> bool:
     return bool(whole == part)
 
 
-def finished(client: Client, runs: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Every run and its job, named in `job`, once it has succeeded; a failed one ends the benchmark with its reason."""
+def finished(client: Client, runs: list[Run], workers: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Every run and its job, named in `job`, as it succeeds; a failed one ends the benchmark with its reason.
+
+    Jobs begin in the order of the runs, so only the first of those that have not ended are looked at.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    waiting = list(runs)
     with Progress(*columns) as progress:
         task = progress.add_task("jobs", total=len(runs))
-        for run in runs:
-            job = client.wait(run["job"], every=2.0)
-            if job["status"] != "succeeded":
-                sys.exit(f"{run['job']} {job['status']}: {job['error']}")
-            progress.advance(task)
-            yield run, job
+        while waiting:
+            for run in waiting[: workers + 1]:
+                job = client.job(run["job"])
+                if not job["is_terminal"]:
+                    continue
+                if job["status"] != "succeeded":
+                    sys.exit(f"{run['job']} {job['status']}: {job['error']}")
+                waiting.remove(run)
+                progress.advance(task)
+                yield run, job
+            time.sleep(2)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> None:
     if not missing:
         return
     with serving(arguments.data_dir, arguments.workers) as client:
-        for run, job in finished(client, submit_all(client, missing, arguments)):
+        for run, job in finished(client, submit_all(client, missing, arguments), arguments.workers):
             record.add({**run, **facts(job)})
 
 

@@ -256,8 +256,13 @@ def list_rows(
     """The rows as they were read."""
     dataset = owned(session, Dataset, dataset_id, tenant)
     start = after + 1
-    with storage.open(dataset.key) as stream:
-        entries = records.read_rows(stream, start, start + limit).to_pylist()
+    try:
+        with storage.open(dataset.key) as stream:
+            entries = records.read_rows(stream, start, start + limit).to_pylist()
+    except FileNotFoundError:
+        session.expire(dataset)
+        owned(session, Dataset, dataset_id, tenant)  # raises NotFound where it was deleted a moment ago
+        raise
     rows = [
         {**entry, "row": row, "distribution": entry["distribution"] and dict(entry["distribution"])}
         for row, entry in enumerate(entries, start)

@@ -308,9 +308,8 @@ def _in_order(upload: Upload, ids: list[str] | None) -> list[UploadPart]:
     if ids is None:
         missing = sorted(set(range(1, (parts[-1].number if parts else 1) + 1)) - {part.number for part in parts})
         if missing:
-            raise Unprocessable(
-                f"Part {missing[0]} has not come, nor have {len(missing) - 1} others; send what is missing."
-            )
+            others = f", nor have {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise Unprocessable(f"Part {missing[0]} has not come{others}; send what is missing.")
     else:
         known = {part.id: part for part in parts}
         for id in ids:

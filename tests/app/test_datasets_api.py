@@ -210,6 +210,21 @@ def test_a_deleted_dataset_is_gone_with_its_file(client: TestClient, storage: St
     assert stored_files(storage) == before
 
 
+def test_rows_of_a_dataset_that_is_deleted_while_they_are_read_are_not_found(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset_id = client.post("/datasets", content=JSONL, headers=NDJSON).json()["id"]
+    open_file = Storage.open
+
+    def open_too_late(self: Storage, key: str) -> Any:
+        assert client.delete(f"/datasets/{dataset_id}").status_code == 204
+        return open_file(self, key)
+
+    monkeypatch.setattr(Storage, "open", open_too_late)
+    answer = client.get(f"/datasets/{dataset_id}/rows")
+    assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+
+
 def test_a_dataset_is_deleted_only_when_its_jobs_have_ended(client: TestClient, storage: Storage) -> None:
     before = stored_files(storage)
     dataset_id = add_dataset(sentences(20, 0))
