@@ -24,7 +24,18 @@ from app import statistics
 from app.client import Client
 from benchmarks import results
 from benchmarks.data import ROOT, SHARED, read_split
-from benchmarks.record import Record, Run, end_by_interrupt, find_or_submit, finished, serving, spread, table, upload
+from benchmarks.record import (
+    Record,
+    Run,
+    end_by_interrupt,
+    find_or_submit,
+    finished,
+    serving,
+    spread,
+    table,
+    upload,
+    whole_seeds,
+)
 
 PAIRS = {"mrpc": "F1", "rte": "accuracy", "sst2-sentences": "accuracy"}
 """The data sets with true labels, and the score that ranks the methods on each."""
@@ -258,9 +269,10 @@ def tell_cost(arguments: argparse.Namespace) -> None:
 
 def document(outcome: dict[str, Any]) -> str:
     """docs/lgtm-results.md."""
-    options, runs = outcome["options"], outcome["runs"]
+    options, runs = outcome["options"], comparable(outcome["runs"])
     seeds = len({run["seed"] for run in runs})
     names = [name for name in PAIRS if any(run["data"] == name for run in runs)]
+    each = {name: _seeds([run for run in runs if run["data"] == name]).lower() for name in names}
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
     lines = [
         "# Results of LGTM and the methods of its table",
@@ -274,8 +286,8 @@ def document(outcome: dict[str, Any]) -> str:
         f" all-MiniLM-L6-v2 with its {TEACHER_LAYERS} layers; student: its first {STUDENT_LAYERS}. Every method has its"
         f" default options. The checkpoint is chosen on the first {options['validation_rows']} validation rows; of these,"
         f" {FEEDBACK['feedback_share']:.0%} give feedback to the teachers of LGTM and Meta Distill and choose nothing. Scores"
-        f" are of the first {options['test_rows']} test rows, in per cent, mean ± standard deviation over"
-        f" {seeds} {'seed' if seeds == 1 else 'seeds'}.",
+        f" are of the first {options['test_rows']} test rows, in per cent, mean ± standard deviation over the seeds"
+        f" ({'; '.join(f'{name}: {seeds}' for name, seeds in each.items())}).",
         "",
         "![validation loss by step, and test scores of every method](lgtm-results.svg)",
     ]
@@ -293,6 +305,15 @@ def document(outcome: dict[str, Any]) -> str:
     if remarks.exists():
         lines += ["", remarks.read_text().strip()]
     return "\n".join(lines) + "\n"
+
+
+def comparable(runs: list[Run]) -> list[Run]:
+    """Without the methods' runs of a seed that not all of them have on a set yet; variations are as they are."""
+    varied = [run for run in runs if run["method"] in VARIED]
+    methods = [run for run in runs if run["method"] not in VARIED]
+    return [
+        run for name in [*PAIRS, "emotion"] for run in whole_seeds([run for run in methods if run["data"] == name])
+    ] + varied
 
 
 def pairs_table(runs: list[Run], names: list[str]) -> list[str]:
@@ -342,17 +363,21 @@ def rank_note(names: list[str]) -> list[str]:
     """What stands under the table."""
     ranked = ", ".join(f"{PAIRS[name]} on {name}" for name in names)
     return [
-        f"Rank: by {ranked}, averaged over sets and seeds, among the methods with a teacher that ran everywhere. Seconds: the"
+        f"Rank: by {ranked}, averaged over sets and seeds, among the methods with a teacher that ran on every set. Seconds: the"
         " training's wall time, all sets together, with two jobs at a time on two cores.",
     ]
 
 
 def average_ranks(runs: list[Run], names: list[str]) -> dict[str, float]:
-    """Of the methods with a teacher that have every seed on every set; empty where fewer than two have."""
+    """Of the methods with a teacher that ran on every set, over the seeds that all of these have; empty for fewer than two."""
     scores = {(run["data"], run["method"], run["seed"]): run[_key(PAIRS[run["data"]])] for run in runs if run["data"] in names}  # fmt: skip
-    seeds = sorted({seed for *_, seed in scores})
-    cells = [(name, seed) for name in names for seed in seeds]
-    ranked = [method for method in TAUGHT if all((name, method, seed) in scores for name, seed in cells)]
+    ranked = [method for method in TAUGHT if all((name, method, 0) in scores for name in names)]
+    cells = [
+        (name, seed)
+        for name in names
+        for seed in sorted({seed for *_, seed in scores})
+        if all((name, method, seed) in scores for method in ranked)
+    ]
     if len(ranked) < 2:
         return {}
     blocks = [[scores[name, method, seed] for method in ranked] for name, seed in cells]
@@ -391,7 +416,7 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "understudy"
     from matplotlib import pyplot
 
-    runs = outcome["runs"]
+    runs = comparable(outcome["runs"])
     names = [name for name in [*PAIRS, "emotion"] if any(run["data"] == name for run in runs)]
     figure, panels = pyplot.subplots(2, len(names), figsize=(4.6 * len(names), 7.6), squeeze=False, layout="constrained")  # fmt: skip
     for column, name in enumerate(names):
