@@ -93,7 +93,7 @@ UNLABELED = {
 """On emotion: labels by the embedding teacher; feedback rows are pseudo-labeled too, so true labels only choose the checkpoint."""
 UNLABELED_SIZES: dict[str, Any] = {"rows": 2000, "epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
 """Of emotion, instead of the options: of a few hundred rows LLKD would select a few dozen."""
-DRAWN = ("LGTM", "Meta Distill", "Online", "KD")
+DRAWN = ("LGTM", "LGTM, both begin together", "Meta Distill", "Online", "KD")
 """Methods whose validation loss is drawn."""
 DOCS = ROOT / "docs"
 STEM = "lgtm-results"
