@@ -7,8 +7,7 @@ Every run is written to the .json as it ends, and none that is there with the sa
 stopped (Ctrl-C or SIGTERM) and started at will, on this machine or another. --tables-only runs nothing and writes the page
 from the .json. --cost makes no run that counts: it times one epoch on 32 rows of each method and prints what the whole takes.
 
-The defaults are sized to about two hours on two cores; let --cost say what the whole takes on yours. Batches of 8 cost more a
-row, but with so few rows the steps of 32 are too few to learn from.
+Let --cost say what the whole takes on your machine. Batches of 8 cost more a row, but with so few rows the steps of 32 are too few to learn from.
 """
 
 from __future__ import annotations
