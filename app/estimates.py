@@ -49,7 +49,7 @@ def need(session: Session, storage: Storage, tenant: str, plan: Plan) -> Need:
     free = plan.spec.teacher.kind == "dataset"
     for split in plan.splits_to_label:
         dataset = plan.datasets[split]
-        limit = _train_rows(plan) if split == "train" else dataset.rows
+        limit = plan.rows_of(split)
         seen = candidates = 0
         for batch in labels.texts_of(storage, dataset.key):
             batch = batch[: limit - seen]
@@ -70,12 +70,6 @@ def need(session: Session, storage: Storage, tenant: str, plan: Plan) -> Need:
             if seen >= limit:
                 break
     return found
-
-
-def _train_rows(plan: Plan) -> int:
-    """Rows that the teacher may be asked about, and the student trained on."""
-    rows, limit = plan.datasets["train"].rows, plan.spec.budget.max_labeled_rows
-    return rows if limit is None else min(rows, limit)
 
 
 def dry_run(session: Session, plan: Plan, need: Need) -> dict[str, Any]:
@@ -139,7 +133,7 @@ def training_seconds(session: Session, plan: Plan) -> tuple[float, bool]:
     if isinstance(plan.spec.method, TeacherAlone):
         return 0.0, True
     rate, measured = _train_rate(session, plan.spec.method.kind, plan.spec.student.model)
-    rows, wish, method = _train_rows(plan), plan.spec.labeling.waves, plan.spec.method
+    rows, wish, method = plan.rows_of("train"), plan.spec.labeling.waves, plan.spec.method
     offered = 0
     # With waves, the most it can be: every wave's student is trained anew on all rows so far.
     for end in waves.ends(rows, wish):

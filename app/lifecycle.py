@@ -187,11 +187,10 @@ def _cut(plan: Plan, label_set_id: str) -> list[LabelShard]:
     shards: list[LabelShard] = []
     for split in plan.splits_to_label:
         dataset = plan.datasets[split]
-        rows = dataset.rows
-        if split == "train" and (limit := plan.spec.budget.max_labeled_rows) is not None:
-            rows = min(rows, limit)
         begin = 0
-        for wave, end in enumerate(waves.ends(rows, plan.spec.labeling.waves if split == "train" else None), 1):
+        for wave, end in enumerate(
+            waves.ends(plan.rows_of(split), plan.spec.labeling.waves if split == "train" else None), 1
+        ):
             for start in range(begin, end, settings().shard_rows):
                 shards.append(
                     LabelShard(

@@ -52,6 +52,11 @@ class Plan:
     splits_to_label: list[str]
     warnings: list[dict[str, str]] = field(default_factory=list)
 
+    def rows_of(self, split: str) -> int:
+        """How many rows of a split the teacher may be asked about, and the student trained or judged on: its first."""
+        rows, limit = self.datasets[split].rows, self.spec.budget.max_labeled_rows
+        return min(rows, limit) if split == "train" and limit is not None else rows
+
 
 class Faults(list[Fault]):
     """What is wrong with a spec, each with a pointer to where."""
