@@ -10,11 +10,12 @@ import threading
 from typing import Any
 
 from celery import Celery
-from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+from celery.signals import task_postrun, worker_process_init, worker_ready, worker_shutting_down
 
 from app.config import settings
 from app.logs import configure_logging
 from app.queue import configure
+from workers import memory
 
 celery = Celery("understudy", broker=settings().redis_url, include=["workers.tasks"])
 configure(celery)
@@ -54,6 +55,12 @@ def _note_worker(**_: Any) -> None:
 @worker_process_init.connect
 def _set_up(**_: Any) -> None:
     configure_logging()
+    memory.keep_freed()
+
+
+@task_postrun.connect
+def _tidy_up(**_: Any) -> None:
+    memory.give_back()
 
 
 def begin_anew() -> None:

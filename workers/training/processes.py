@@ -29,6 +29,7 @@ from torch import distributed
 from app.config import settings
 from app.lifecycle import LeaseLost, WorkFailed
 from app.options import Method, Training
+from workers import memory
 from workers.failures import failure_of
 from workers.reporter import GivenUp, MemoryReporter, Report, Stopped
 from workers.training.run import HeldOut, Pool, Run
@@ -214,6 +215,7 @@ def main() -> None:
     # A service manager may tell all processes to end; the one that holds the job does so in order, and ends this one.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    memory.keep_freed()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         follow(directory, rank, processes)
