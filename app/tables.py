@@ -92,7 +92,7 @@ def latex(told: Told) -> str:
     lines = [" & ".join(map(escaped, line)) + r" \\" for line in [headings(told), *rows(told)]]
     return "\n".join(
         [
-            r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption(told))}}}",
+            r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption(told))}}}", rf"\label{{tab:{told['id']}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(headings(told)) - 1)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
             r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
         ]

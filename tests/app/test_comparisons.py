@@ -503,10 +503,11 @@ def test_a_name_cannot_break_a_table() -> None:
         "name": "a|b & 50% \\_{x}", "method": "random", "status": "succeeded", "accuracy": mean, "macro_f1": mean, "rank": 1.0,
         "difference": None, "teacher": None, "seen": 10.0, "selected": 5.0, "share": 0.5, "seconds": 1.0, "gpu_memory_bytes": 2**30, "runs": [],
     }  # fmt: skip
-    told = {"teacher": None, "arms": [arm], "spec": {"seeds": [0]}}
+    told = {"id": "cmp_1", "teacher": None, "arms": [arm], "spec": {"seeds": [0]}}
     assert tables.markdown(told).splitlines()[2] == (
         r"| a\|b & 50% \\_{x} | 50.0 | 50.0 | – | 1.0 | 10 | 5 | 50.0 % | 1.0 | 1.0 |"
     )
+    assert r"\label{tab:cmp_1}" in tables.latex(told)
     assert r"a|b \& 50\% \textbackslash{}\_\{x\} & 50.0" in tables.latex(told)
     arm["name"] = '[=*<img src="//evil.test">\n\n| `x` ![y](//evil.test)'
     readable = tables.markdown(told)
