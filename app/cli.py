@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -480,7 +480,7 @@ def submit(
             err.print(escape(f"warning: {warning['message']}"))
         out.print(job["id"])
         if wait:
-            raise typer.Exit(_watch(client, job["id"]))
+            raise typer.Exit(_watch(client, job["id"], told=job["warnings"]))
 
 
 def _print_need(told: dict[str, Any]) -> None:
@@ -721,7 +721,8 @@ def watch(job_id: JobId, url: Url = HERE, key: Key = None) -> None:
         raise typer.Exit(_watch(client, _id(job_id, "job")))
 
 
-def _watch(client: Client, job_id: str) -> int:
+def _watch(client: Client, job_id: str, told: Sequence[dict[str, Any]] = ()) -> int:
+    """Show the job until it ends, and its warnings but for those that were told already; the exit status."""
     from app.progress import JobProgress, scores_table
 
     try:
@@ -732,6 +733,9 @@ def _watch(client: Client, job_id: str) -> int:
         raise
     if job["error"]:
         err.print(escape(f"error: {job['error']['message']} ({job['error']['code']})"))
+    for warning in job["warnings"]:
+        if warning not in told:
+            err.print(escape(f"warning: {warning['message']}"))
     if table := scores_table(job):
         out.print(table)
     return EXIT_CODES[job["status"]]

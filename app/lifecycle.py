@@ -125,6 +125,14 @@ def advance_phase(session: Session, job_id: str, name: str, done: int, *, finish
     session.execute(update(JobPhase).where(JobPhase.job_id == job_id, JobPhase.name == name).values(values))
 
 
+def warn(session: Session, job: Job, warnings: list[dict[str, str]]) -> None:
+    """Add to the job's warnings, with an event for each."""
+    job.warnings = [*job.warnings, *warnings]
+    for warning in warnings:
+        facts = {name: value for name, value in warning.items() if name != "message"}
+        emit(session, job.id, "job.warning", warning["message"], level="warning", **facts)
+
+
 # --- the client's verbs ---------------------------------------------------------------------------------------------
 
 
@@ -152,16 +160,14 @@ def submit(
         label_set_id=label_set.id,
         comparison_id=comparison_id,
         arm=arm,
-        warnings=plan.warnings,
+        warnings=[],
     )
     session.add(job)
     session.flush()
     rows = sum(shard.stop - shard.start for shard in shards)
     session.add(JobPhase(job_id=job.id, name="labeling", position=0, total=rows, done=0))
     emit(session, job.id, "job.queued", "Job accepted.", rows=rows, shards=len(shards))
-    for warning in plan.warnings:
-        facts = {name: value for name, value in warning.items() if name != "message"}
-        emit(session, job.id, "job.warning", warning["message"], level="warning", **facts)
+    warn(session, job, plan.warnings)
     # A job that shares its labels needs one call of its own, for the case that it is the only one left.
     enqueue_on_commit(session, LABEL, job.id, copies=1 if shared else max(1, min(len(shards), LABEL_MESSAGES)))
     session.flush()

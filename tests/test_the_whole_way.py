@@ -202,6 +202,26 @@ def test_without_a_validation_set_rows_are_held_back_and_the_job_says_so(client:
     assert job["evaluation"]["test"] is None
 
 
+def test_a_student_that_learns_nothing_but_the_frequent_label_comes_with_a_warning(
+    client: TestClient, tmp_path: Path
+) -> None:
+    made = sentences(120, 1)
+    rows = [row for row in made if row["label"] == "cooking"] + [row for row in made if row["label"] != "cooking"][:4]
+    spec = tiny_spec(
+        add_dataset(rows), validation_dataset_id=add_dataset(sentences(12, 2)), test_dataset_id=add_dataset(sentences(18, 3)),
+        training={"epochs": 1, "batch_size": 8, "learning_rate": 5e-3},
+    )  # fmt: skip
+    job = distilled(client, spec)
+    [warning] = [warning for warning in job["warnings"] if warning["code"] == "classes_missed"]
+    assert warning["split"] == "test"
+    assert "answers 'cooking' for every one of 18 rows" in warning["message"]
+    assert [event["data"]["code"] for event in events(client, job, "job.warning")][-1] == "classes_missed"
+    assert (
+        "**Beware**: on the test set the student answers 'cooking'"
+        in (unpacked(client, job, tmp_path) / "README.md").read_text()
+    )
+
+
 def test_what_is_held_back_stands_neither_in_the_test_set_nor_among_the_rows_trained_on(client: TestClient) -> None:
     rows = sentences(20, 1)
     job = distilled(

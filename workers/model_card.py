@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from app.pretrained import Source
+from workers.training.evaluation import warnings_of
 
 
 def model_card(facts: dict[str, Any], source: Source) -> str:
@@ -48,6 +49,7 @@ def model_card(facts: dict[str, Any], source: Source) -> str:
         "",
         _validation_sentence(evaluation),
         "",
+        *(f"**Beware**: {_plain(warning['message'])}.\n" for warning in warnings_of(evaluation)),
         *_abstention(evaluation.get("calibration")),
         "## Which rows it was trained on",
         "",

@@ -30,7 +30,7 @@ from workers.training import resume
 from workers.training.data import Tokens, tokenise
 from workers.training.distill import distill
 from workers.training.encoders import Student, build_student
-from workers.training.evaluation import Answers, Scores, calibrate, evaluate, predict_probabilities
+from workers.training.evaluation import Answers, Scores, calibrate, evaluate, predict_probabilities, warnings_of
 from workers.training.processes import how_many, together
 from workers.training.run import HeldOut, Pool, Run, begin
 from workers.training.splits import Splits, choose, exact_groups, near_groups
@@ -611,6 +611,7 @@ def _publish(
         held = lifecycle.held(session, job.id, report.attempt)
         session.merge(checkpoint)
         held.evaluation, held.best_checkpoint_id = evaluation, checkpoint.id
+        lifecycle.warn(session, held, warnings_of(evaluation))
         lifecycle.advance_phase(session, held.id, "packaging", 1, finished=True)
         lifecycle.emit(session, held.id, "checkpoint.published", "The checkpoint can be downloaded.", metrics=metrics)
         lifecycle.finish(session, held)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from app import options
 from app.pretrained import resolve
 from workers.training.data import Tokens, tokenise
 from workers.training.encoders import Student, build_student
-from workers.training.evaluation import PredictionStopped, evaluate, predict_probabilities
+from workers.training.evaluation import PredictionStopped, evaluate, predict_probabilities, warnings_of
 
 LABELS = ["a", "b", "c"]
 TEXTS = ["word " * (number * 7 % 23) + str(number) for number in range(40)]
@@ -106,12 +108,38 @@ def test_scores_by_hand() -> None:
     # a: precision 1/2, recall 1; b: precision 1, recall 1/2; c occurs nowhere.
     assert scores["macro_f1"] == pytest.approx(2 / 3)
     assert scores["per_class"] == {
-        "a": {"f1": pytest.approx(2 / 3), "support": 1},
-        "b": {"f1": pytest.approx(2 / 3), "support": 2},
-        "c": {"f1": 0, "support": 0},
+        "a": {"f1": pytest.approx(2 / 3), "support": 1, "predicted": 2},
+        "b": {"f1": pytest.approx(2 / 3), "support": 2, "predicted": 1},
+        "c": {"f1": 0, "support": 0, "predicted": 0},
     }
     # Each row has a bin of its own: |1 - 0.8|, |0 - 0.6|, |1 - 0.7|, over 3 rows.
     assert scores["expected_calibration_error"] == pytest.approx((0.2 + 0.6 + 0.3) / 3, abs=1e-6)
+
+
+def evaluation(gold: str, predicted: str) -> dict[str, Any]:
+    """Of rows whose class is a letter each, and the letter that was predicted."""
+    probabilities = torch.eye(3)[[LABELS.index(name) for name in predicted]]
+    return {"validation": None, "test": {"student": evaluate(probabilities, list(gold), LABELS, seed=0)}}
+
+
+def test_a_student_that_has_only_one_answer_is_told_of() -> None:
+    [warning] = warnings_of(evaluation("a" * 5 + "b" * 5, "a" * 10))
+    assert warning["code"] == "classes_missed"
+    assert warning["split"] == "test"
+    assert "answers 'a' for every one of 10 rows" in warning["message"]
+
+
+def test_labels_that_a_student_never_answers_are_named_the_most_frequent_first() -> None:
+    [warning] = warnings_of(evaluation("a" * 50 + "b" * 6 + "c" * 7, "a" * 63))
+    assert "answers 'a' for every one" in warning["message"]
+    [warning] = warnings_of(evaluation("a" * 50 + "b" * 6 + "c" * 7, "a" * 60 + "ccc"))
+    assert "never answers 'b' (6 rows). Give" in warning["message"]
+
+
+def test_a_class_with_few_rows_may_be_missed_and_one_without_rows_is() -> None:
+    assert warnings_of(evaluation("a" * 50 + "b" * 4, "a" * 54)) == []
+    assert warnings_of(evaluation("a" * 995 + "b" * 9, "a" * 1003 + "c")) == []
+    assert warnings_of(evaluation("a" * 60 + "b" * 40, "a" * 60 + "b" * 40)) == []
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -26,10 +26,11 @@ class PredictionStopped(Exception):
 
 
 class ClassScore(TypedDict):
-    """One class: its F1 and how many rows are of it."""
+    """One class: its F1, how many rows are of it, and how many were predicted to be."""
 
     f1: float
     support: int
+    predicted: int
 
 
 class Scores(TypedDict):
@@ -67,7 +68,7 @@ def evaluate(probabilities: Tensor, gold: Sequence[str | None], labels: Sequence
     probabilities = probabilities[known]
     predicted = probabilities.argmax(dim=1)
     f1 = metrics.per_class_f1(truth, predicted, len(labels)).tolist()
-    support = truth.bincount(minlength=len(labels)).tolist()
+    support, answered = (classes.bincount(minlength=len(labels)).tolist() for classes in (truth, predicted))
     return {
         "rows": len(known),
         "accuracy": metrics.accuracy(truth, predicted),
@@ -75,8 +76,40 @@ def evaluate(probabilities: Tensor, gold: Sequence[str | None], labels: Sequence
         "macro_f1": metrics.macro_f1(truth, predicted),
         "macro_f1_interval": metrics.bootstrap_interval(truth, predicted, "macro_f1", seed=seed),
         "expected_calibration_error": metrics.expected_calibration_error(probabilities, truth),
-        "per_class": {name: {"f1": f1[index], "support": support[index]} for index, name in enumerate(labels)},
+        "per_class": {
+            name: {"f1": f1[index], "support": support[index], "predicted": answered[index]}
+            for index, name in enumerate(labels)
+        },
     }
+
+
+MISSED_ROWS, MISSED_SHARE = 5, 0.01
+"""A class with at least so many of the scored rows, and such a share of them, should be predicted now and then."""
+
+
+def warnings_of(evaluation: dict[str, Any]) -> list[dict[str, str]]:
+    """A warning where the student leaves out classes that have rows, by the set that chose nothing, where there is one."""
+    split = "test" if evaluation["test"] else "validation"
+    scores: Scores = evaluation[split]["student"]
+    least = max(MISSED_ROWS, MISSED_SHARE * scores["rows"])
+    answered = [name for name, score in scores["per_class"].items() if score["predicted"]]
+    rows = {name: score["support"] for name, score in scores["per_class"].items() if not score["predicted"]}
+    missed = sorted((name for name in rows if rows[name] >= least), key=lambda name: -rows[name])
+    if not missed:
+        return []
+    if len(answered) == 1:
+        message = (
+            f"on the {split} set the student answers {answered[0]!r} for every one of {scores['rows']:,} rows: it has learned"
+            " nothing but a frequent label. Try more training.epochs, another training.learning_rate, more rows, or another method"
+        )
+    else:
+        more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+        message = (
+            f"on the {split} set of {scores['rows']:,} rows the student never answers"
+            f" {', '.join(f'{name!r} ({rows[name]:,} rows)' for name in missed[:5])}{more}. Give more rows of such labels, or choose a"
+            " method that selects more of them"
+        )
+    return [{"code": "classes_missed", "split": split, "message": message}]
 
 
 DEFAULT_TARGET = 0.9
