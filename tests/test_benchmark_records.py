@@ -39,11 +39,11 @@ def made(name: str, method: str, seed: int, score: float) -> dict[str, Any]:
 def test_methods_are_ranked_by_each_set_s_own_score_where_all_have_run(tmp_path: Path) -> None:
     runs = [made(name, method, 0, score) for name in ("mrpc", "rte") for method, score in (("KD", 0.8), ("LGTM", 0.6))]
     runs += [made("rte", "DML", 0, 0.9), made("mrpc", "Teacher alone", 0, 0.9)]
-    ranks = lgtm_results.average_ranks(runs, ["mrpc", "rte"])
+    ranks = lgtm_results.average_ranks(runs, ["mrpc", "rte"], lgtm_results.PAIRS)
     assert ranks == {"KD": 1.5, "LGTM": 1.5}, "KD is first by accuracy on rte and second by F1 on mrpc; DML has no mrpc"
     page = lgtm_results.document({"options": OPTIONS, "runs": runs})
     (line,) = [line for line in page.splitlines() if line.startswith("| LGTM |")]
-    assert line == "| LGTM | 40.0 | 60.0 | 60.0 | 60.0 | 1.5 | 4 |"
+    assert line == "| LGTM | 40.0 | 60.0 | 60.0 | 60.0 | 60.0 | 1.5 | 2.0 | 4 |"
     pytest.importorskip("matplotlib")
     lgtm_results.plot({"options": OPTIONS, "runs": runs}, tmp_path / "plot.svg")
     assert b"Teacher alone" in (tmp_path / "plot.svg").read_bytes()
