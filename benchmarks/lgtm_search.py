@@ -123,7 +123,10 @@ def row(arm: str, name: str, record: Record) -> list[str]:
     """The cells of one arm on one data set."""
     runs = [run for run in record.runs if (run["data"], run["method"]) == (name, arm)]
     mean = {key: statistics.mean(run[key] for run in runs) for key in ("loss", "seconds")}
-    scores = [spread([run[key] for run in runs]) for key in ("student", "teacher")]
+    scores = [
+        "–" if any(math.isnan(run[key]) for run in runs) else spread([run[key] for run in runs])
+        for key in ("student", "teacher")
+    ]
     return [arm, *scores, f"{mean['loss']:.3f}", f"{mean['seconds']:.0f}"]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import lgtm_results
+from benchmarks import lgtm_results, lgtm_search
 from benchmarks.record import Record
 
 OPTIONS = {"rows": 8, "epochs": 1, "batch_size": 4, "validation_rows": 4, "test_rows": 4, "shots": 1, "max_length": 8, "learning_rate": 1e-3}  # fmt: skip
@@ -47,3 +48,11 @@ def test_methods_are_ranked_by_each_set_s_own_score_where_all_have_run(tmp_path:
     pytest.importorskip("matplotlib")
     lgtm_results.plot({"options": OPTIONS, "runs": runs}, tmp_path / "plot.svg")
     assert b"Teacher alone" in (tmp_path / "plot.svg").read_bytes()
+
+
+def test_an_arm_without_a_teacher_has_no_score_of_one(tmp_path: Path) -> None:
+    record = Record(tmp_path / "search.json", OPTIONS)
+    for seed in range(2):
+        run = {"data": "rte", "method": "student alone", "seed": seed, "student": 0.5, "teacher": math.nan, "loss": 0.7}
+        record.add({**run, "seconds": 3.0})
+    assert lgtm_search.row("student alone", "rte", record) == ["student alone", "50.0 ± 0.0", "–", "0.700", "3"]
