@@ -294,7 +294,7 @@ def document(outcome: dict[str, Any]) -> str:
         f" are of the first {options['test_rows']} test rows, in per cent, mean ± standard deviation over the seeds"
         f" ({'; '.join(f'{name}: {seeds}' for name, seeds in each.items())}).",
         "",
-        "![validation loss by step, and test scores of every method](lgtm-results.svg)",
+        "![validation loss by step, and macro-F1 on test of every method](lgtm-results.svg)",
     ]
     if names:
         lines += ["", "## MRPC, RTE, SST-2 sentences", "", *pairs_table(runs, names)[1:], "", *rank_note(names)]
@@ -415,7 +415,7 @@ def emotion_part(runs: list[Run], options: dict[str, Any]) -> list[str]:
 
 
 def plot(outcome: dict[str, Any], path: Path) -> None:
-    """For each data set: the validation loss by step (figure 3 of the paper), and every method's score on test."""
+    """For each data set: the validation loss by step (figure 3 of the paper), and every method's macro-F1 on test."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -427,7 +427,6 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(2, len(names), figsize=(4.6 * len(names), 7.6), squeeze=False, layout="constrained")  # fmt: skip
     for column, name in enumerate(names):
         mine = [run for run in runs if run["data"] == name]
-        score = PAIRS.get(name, "macro-F1")
         losses, scores = panels[0][column], panels[1][column]
         drawn = methods_of(name) if name == "emotion" else DRAWN
         for colour, method in enumerate(drawn):
@@ -440,12 +439,12 @@ def plot(outcome: dict[str, Any], path: Path) -> None:
         losses.legend(fontsize=7)
         shown = [method for method in methods_of(name) if any(run["method"] == method for run in mine)][::-1]
         for place, method in enumerate(shown):
-            values = [100 * run[_key(score)] for run in mine if run["method"] == method]
+            values = [100 * run["macro_f1"] for run in mine if run["method"] == method]
             ours = "LGTM" in method
             scores.scatter(values, [place] * len(values), color="tab:red" if ours else "tab:blue", s=16)
             scores.scatter([means.mean(values)], [place], color="tab:red" if ours else "tab:blue", marker="|", s=200)
         scores.set_yticks(range(len(shown)), shown, fontsize=7)
-        scores.set(xlabel=f"{score} on test, %")
+        scores.set(xlabel="macro-F1 on test, %")
     figure.savefig(path, metadata={"Date": None})
 
 
