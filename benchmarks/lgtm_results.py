@@ -92,10 +92,12 @@ VARIED_ON = "sst2-sentences"
 UNLABELED = {
     "No_DS": {"kind": "no_selection"},
     "LLKD": {"kind": "llkd"},
+    "KD": {"kind": "kd"},
     "LGTM": {"kind": "lgtm"},
     "LLKD+LGTM": {"kind": "llkd_lgtm"},
 }
-"""On emotion: labels by the embedding teacher; feedback rows are pseudo-labeled too, so true labels only choose the checkpoint."""
+"""On emotion: labels by the embedding teacher, from which the encoder teachers of KD and LGTM learn; feedback rows are pseudo-labeled
+too, so true labels only choose the checkpoint."""
 UNLABELED_SIZES: dict[str, Any] = {"rows": 2000, "epochs": 2, "batch_size": 16, "learning_rate": 2e-4}
 """Of emotion, instead of the options: of a few hundred rows LLKD would select a few dozen."""
 DRAWN = ("LGTM", "LGTM, both begin together", "Meta Distill", "Online", "KD")
@@ -407,8 +409,8 @@ def emotion_part(runs: list[Run], options: dict[str, Any]) -> list[str]:
         "The first {rows} train rows without their labels; epochs: {epochs}, batch {batch_size}, learning rate {learning_rate:g}.".format(
             **UNLABELED_SIZES
         )
-        + f" Labels by the `embedding` teacher with {options['shots']} examples a class; then the encoder teacher of LGTM learns"
-        " from these labels, first alone and then beside the student. True labels choose the checkpoint and nothing else: the feedback rows of LGTM"
+        + f" Labels by the `embedding` teacher with {options['shots']} examples a class; then the encoder teachers learn"
+        " from these labels, KD's alone, LGTM's first alone and then beside the student. True labels choose the checkpoint and nothing else: the feedback rows of LGTM"
         f" are a tenth of the pseudo-labeled ones. *Seen* is the share of rows x epochs that was trained on. {_seeds(runs)}.",
         *table(["method", "accuracy", "macro-F1", "seen", "seconds"], rows),
     ]

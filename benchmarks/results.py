@@ -184,7 +184,8 @@ def document(outcome: dict[str, Any]) -> str:
         "",
         "Made through the HTTP API by `python -m benchmarks.results"
         f" --rows {options['rows']} --epochs {options['epochs']} --seeds {seeds} --shots {options['shots']}"
-        f" --precision {options['precision']} --validation-rows {options['validation_rows']} --test-rows {options['test_rows']}`; the raw figures are in [results.json](results.json).",
+        f" --precision {options['precision']} --validation-rows {options['validation_rows']} --test-rows {options['test_rows']}`; the raw figures are in [results.json](results.json). LGTM and the methods of its"
+        " table, on MRPC, RTE and SST-2 too: [lgtm-results.md](lgtm-results.md).",
         "",
         f"{options['rows']} unlabeled train rows of each set, {options['epochs']} epochs, {seeds} {'seed' if seeds == 1 else 'seeds'},"
         f" batch 32, learning rate 2e-4. Teacher: `embedding` with {options['shots']} examples a class (taken from the train"
