@@ -123,17 +123,33 @@ def test_a_job_submitted_by_a_file_runs_and_is_listed(service: Service, job_id: 
     assert (watched.returncode, "macro-F1" in watched.stdout) == (0, True)
 
 
+def test_warnings_are_told_once_those_of_the_end_too(service: Service, job_id: str) -> None:
+    made = sentences(120, 5)
+    rows = [row for row in made if row["label"] == "cooking"] + [row for row in made if row["label"] != "cooking"][:4]
+    for name, content in (("leaning", [*rows, rows[0]]), ("fair", sentences(18, 6))):
+        (service.directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (service.directory / "leaning.json").write_text(json.dumps(tiny_spec("leaning.jsonl")))
+    done = service.run("submit", "leaning.json", "--validation", "fair.jsonl", "--epochs", "1", "--wait")
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert any("answers 'cooking' for every one of 18 rows" in line for line in warned), done.stderr
+    assert "1 rows repeat the text of an earlier row." in " ".join(warned)
+    assert len(warned) == len(set(warned))
+    assert "answers 'cooking' for every one" in service.run("watch", done.stdout.splitlines()[0]).stderr
+
+
 def test_a_dry_run_has_a_worker_measure_and_prints_what_the_job_would_need(service: Service, job_id: str) -> None:
     spec = tiny_spec("rows.jsonl") | {"teacher": {"kind": "embedding"}, "labels": TOPICS, "method": {"kind": "llkd"}}
     (service.directory / "measured.json").write_text(json.dumps(spec))
+    before = service.run("jobs").stdout
     done = service.run("submit", "measured.json", "--dry-run")
     assert done.returncode == 0, done.stderr
     told = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert (told["rows to label"], told["rows in the cache"]) == ("48", "0"), done.stdout + done.stderr
     assert told["labeling"].endswith("s by one worker (measured on a few rows)"), done.stdout + done.stderr
     assert told["sample"].startswith("32 rows asked, 0 failed, ")
-    assert "from a file" in (listed := service.run("jobs").stdout)
-    assert listed.count("job_") == 1  # none was started
+    assert "from a file" in before
+    assert service.run("jobs").stdout.count("job_") == before.count("job_"), "none was started"
 
 
 def test_a_checkpoint_is_downloaded_and_unpacked(service: Service, job_id: str) -> None:
