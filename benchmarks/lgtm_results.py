@@ -43,7 +43,7 @@ SHOWN = {
     "rte": ["accuracy", "macro-F1"],
     "sst2-sentences": ["accuracy"],
 }
-"""On MRPC whoever calls every pair equivalent has a high F1, on RTE the classes are as many as each other; the macro-F1 shows who has but one answer."""
+"""Beside F1 and accuracy, macro-F1 shows whose student has but one answer, which MRPC's F1 rewards."""
 POSITIVE = "equivalent"
 """The class whose F1 is MRPC's score."""
 TEACHER_LAYERS, STUDENT_LAYERS = 6, 3
